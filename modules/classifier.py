@@ -1,0 +1,152 @@
+"""The LightningModule: a network that learns to classify."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.mobilenet_v2 import mobilenet_v2
+
+OptimizerName = Literal["sgd", "adamw"]
+
+
+def build_network(
+    *,
+    width: float,
+    num_classes: int,
+    in_channels: int = 3,
+    head_convolution: bool = False,
+    padding: Literal["symmetric", "keras"] = "symmetric",
+    folded: bool = False,
+) -> nn.Module:
+    """A MobileNetV2 with fresh weights, as the hyperparameters of a checkpoint describe it.
+
+    Args:
+        width, num_classes, in_channels, head_convolution, padding: As in ``mobilenet_v2``.
+        folded: Whether its batch norm is folded.
+
+    Example::
+
+        build_network(width=0.35, num_classes=10, folded=True)
+    """
+    network = mobilenet_v2(width, num_classes, in_channels, head_convolution, padding)
+    return fold_batch_norm(network, (in_channels, 64, 64)) if folded else network
+
+
+def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up, then a cosine to zero: the factor of the learning rate in optimizer step ``step``.
+
+    Example::
+
+        learning_rate_factor(0, warmup_steps=0, total_steps=100)  # 1.0
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Classifier(LightningModule):
+    """Trains a network to classify, with warm-up and cosine per step, and measures top-1 and, of many classes, top-5.
+
+    Everything it is built from is among its hyperparameters, so that ``Classifier.load_from_checkpoint`` rebuilds it,
+    folded batch norm included.
+
+    Args:
+        network: Arguments of ``build_network``.
+        learning_rate: At its highest, for the batch size that is used.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        momentum: Of SGD; 0 needs no optimizer state, as a device wants it.
+        weight_decay: Of weights; biases and norms have none.
+        warmup_fraction: Part of all optimizer steps in which the learning rate rises from zero.
+        label_smoothing: Of the cross entropy.
+
+    Attributes:
+        net: The network, kept in PyTorch's ``channels_last`` order, which is faster on CPUs and GPUs.
+        test_confusion: Counts of shape (true class, predicted class), after ``trainer.test``.
+
+    Example::
+
+        module = Classifier({"width": 0.35, "num_classes": 10, "folded": True}, learning_rate=0.0125)
+        Trainer(callbacks=[SparseUpdate("scheme.json")]).fit(module, data)
+    """
+
+    def __init__(
+        self,
+        network: dict[str, Any],
+        learning_rate: float = 0.1,
+        optimizer: OptimizerName = "sgd",
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        warmup_fraction: float = 0.1,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = build_network(**network).to(memory_format=torch.channels_last)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        classes = network["num_classes"]
+        self.metrics = nn.ModuleDict()
+        for split in ("val", "test"):
+            self.metrics[f"{split}_top1"] = MulticlassAccuracy(classes, average="micro")
+            if classes > 5:
+                self.metrics[f"{split}_top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
+        self.confusion = MulticlassConfusionMatrix(classes)
+        self.test_confusion: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of samples (N, channels, height, width)."""
+        return self.net(x.contiguous(memory_format=torch.channels_last))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """The loss of one batch."""
+        samples, labels = batch
+        loss = self.loss(self(samples), labels)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Counts one batch of the validation split."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Counts one batch of the test split."""
+        self.confusion.update(self._evaluate("test", batch), batch[1])
+
+    def on_test_epoch_end(self) -> None:
+        """Keeps the confusion matrix."""
+        self.test_confusion = self.confusion.compute().cpu()
+        self.confusion.reset()
+
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        samples, labels = batch
+        logits = self(samples)
+        self.log(f"{split}/loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
+        for name, metric in self.metrics.items():
+            if name.startswith(split):
+                metric.update(logits, labels)
+                self.log(name.replace("_", "/"), metric, prog_bar=split == "val")
+        return logits
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """SGD or AdamW over what is trainable by now, with the schedule per step."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [parameter for parameter in trainable if parameter.ndim > 1]},
+            {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+        options = {"lr": self.hparams.learning_rate, "weight_decay": self.hparams.weight_decay}
+        if self.hparams.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, **options)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=self.hparams.momentum, **options)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        warmup_steps = round(self.hparams.warmup_fraction * total_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, warmup_steps, total_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,148 @@
+"""Puts an update scheme into a network, and takes it out again."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from microtune.modules.batch_norm_folding import find_batch_norm
+from microtune.modules.operations import NetworkOperations
+from microtune.modules.subtensor import MaskedReLU, SubTensorConv2d, by_input_channel, has_subtensor_version
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+
+Method = Literal["sub_tensor", "mask"]
+
+
+class AppliedScheme:
+    """A network that trains only what a scheme updates, until ``remove``.
+
+    With ``"sub_tensor"`` the layers within the bias depth are replaced by ones that compute and store only what is
+    updated. With ``"mask"``, the textbook version, the whole weight gradient is computed and masked, and
+    ``restore_frozen`` must be called after every optimizer step, since a zero gradient does not keep weight decay or
+    leftover momentum from moving an entry. Layers without a sub-tensor version are masked with either.
+
+    Args:
+        network: Without batch norm; changed in place.
+        scheme: Checked against ``operations``.
+        operations: Of this network.
+        channels: Updated input channels of every layer of ``scheme.weights``.
+        method: ``"sub_tensor"`` or ``"mask"``.
+
+    Attributes:
+        masked_layers: Names of the layers whose weight gradient is masked.
+
+    Raises:
+        UserError: The network has batch norm, or the scheme does not suit it.
+
+    Example::
+
+        applied = AppliedScheme(network, scheme, operations, choose_channels(network, scheme, operations.convolutions))
+        ...  # train
+        applied.remove()
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheme: UpdateScheme,
+        operations: NetworkOperations,
+        channels: dict[str, list[int]],
+        method: Method = "sub_tensor",
+    ):
+        refuse_batch_norm(network)
+        scheme.check(operations.convolutions)
+        self.network = network
+        self.channels = channels
+        self.masked_layers: list[str] = []
+        self._masks: dict[str, _GradientMask] = {}
+        self._gradient_flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for parameter in network.get_submodule(operations.classifier_name).parameters():
+            parameter.requires_grad_(True)
+        first = len(operations.convolutions) - scheme.bias_depth
+        for convolution in operations.convolutions[first:]:
+            self._apply_to_layer(convolution.name, convolution.in_channels, method)
+        if method == "sub_tensor":
+            for name, module in list(network.named_modules()):
+                if type(module) in (nn.ReLU, nn.ReLU6):
+                    network.set_submodule(name, MaskedReLU(module))
+
+    def _apply_to_layer(self, name: str, in_channels: int, method: Method) -> None:
+        layer = self.network.get_submodule(name)
+        channels = self.channels.get(name, [])
+        is_whole = len(channels) == in_channels
+        if method == "sub_tensor" and not is_whole and has_subtensor_version(layer):
+            self.network.set_submodule(name, SubTensorConv2d(layer, channels, train_bias=True))
+            return
+        if layer.bias is not None:
+            layer.bias.requires_grad_(True)
+        layer.weight.requires_grad_(bool(channels))
+        if channels and not is_whole:
+            self.masked_layers.append(name)
+            self._masks[name] = _GradientMask(layer, channels)
+
+    def set_channels(self, channels: dict[str, list[int]]) -> None:
+        """Takes other channels of the same layers, before an optimizer exists."""
+        for name, indexes in channels.items():
+            layer = self.network.get_submodule(name)
+            if isinstance(layer, SubTensorConv2d):
+                layer.set_channels(indexes)
+            elif name in self._masks:
+                self._masks[name].remove()
+                self._masks[name] = _GradientMask(layer, indexes)
+        self.channels = channels
+
+    def restore_frozen(self) -> None:
+        """Undoes what an optimizer's step did to masked entries."""
+        for mask in self._masks.values():
+            mask.restore_frozen()
+
+    def remove(self) -> None:
+        """Leaves the plain network, with the trained weights and the gradient flags it had."""
+        for mask in self._masks.values():
+            mask.restore_frozen()
+            mask.remove()
+        for name, module in list(self.network.named_modules()):
+            if isinstance(module, SubTensorConv2d):
+                self.network.set_submodule(name, module.plain())
+            elif isinstance(module, MaskedReLU):
+                self.network.set_submodule(name, module.activation)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(self._gradient_flags[name])
+
+
+class _GradientMask:
+    """Zeroes the gradient of all but some input channels of a layer's weight, and restores them after a step."""
+
+    def __init__(self, layer: nn.Conv2d, channels: list[int]):
+        self.layer = layer
+        self.updated = torch.zeros_like(layer.weight, dtype=torch.bool)
+        groups, group_channels = layer.groups, layer.weight.shape[1]
+        index = torch.tensor(channels)
+        by_input_channel(self.updated, groups)[index // group_channels, index % group_channels] = True
+        self.frozen = layer.weight.detach().clone()
+        self.hook = layer.weight.register_hook(lambda gradient: gradient * self._on(self.updated, gradient))
+
+    @staticmethod
+    def _on(tensor: Tensor, other: Tensor) -> Tensor:
+        return tensor.to(other.device)
+
+    def restore_frozen(self) -> None:
+        weight = self.layer.weight.detach()
+        weight.copy_(torch.where(self._on(self.updated, weight), weight, self._on(self.frozen, weight)))
+
+    def remove(self) -> None:
+        self.hook.remove()
+
+
+def refuse_batch_norm(network: nn.Module) -> None:
+    """Raises ``UserError`` if the network has batch norm, which a deployed network has not."""
+    name = find_batch_norm(network)
+    if name is not None:
+        raise UserError(
+            f"{name} is a {type(network.get_submodule(name)).__name__}: a deployed network has none, so fold it first "
+            "with microtune.modules.batch_norm_folding.fold_batch_norm(network, input_shape)"
+        )

@@ -1,0 +1,211 @@
+"""Layers whose backward pass computes and stores only what an update scheme updates."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+def by_input_channel(weight: Tensor, groups: int) -> Tensor:
+    """A convolution's weight with its input channels first, as a view.
+
+    Args:
+        weight: Of shape (out, in / groups, kernel height, kernel width).
+        groups: Of the convolution.
+
+    Returns:
+        A view of shape (groups, in / groups, out / groups, kernel height, kernel width): input channel ``c`` is at
+        ``[c // (in / groups), c % (in / groups)]``.
+    """
+    out_channels, group_channels, *kernel = weight.shape
+    return weight.view(groups, out_channels // groups, group_channels, *kernel).transpose(1, 2)
+
+
+def has_subtensor_version(convolution: nn.Conv2d) -> bool:
+    """Whether ``SubTensorConv2d`` computes what this convolution computes."""
+    plain = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros"
+    return plain and not isinstance(convolution.padding, str)
+
+
+class SubTensorConv2d(nn.Module):
+    """A convolution of which some input channels of the weight, or none, and perhaps the bias are trained.
+
+    Nothing of the input is stored for backward but the ``k`` channels whose weights are trained, and only that slice
+    of the weight gradient is computed (Lin et al. 2022, section 2.2). The slice is a parameter of its own, so that
+    gradient and optimizer state have its size; ``state_dict`` holds the plain ``weight`` and ``bias`` of ``nn.Conv2d``.
+
+    Args:
+        convolution: What to replace; its parameters are taken over, not copied. ``has_subtensor_version`` must hold.
+        channels: Indexes of the k input channels whose weights are trained; none by default.
+        train_bias: Whether the bias is trained.
+
+    Example::
+
+        layer = SubTensorConv2d(nn.Conv2d(16, 32, 1), channels=[3, 5], train_bias=True)
+        layer.weight_slice.shape  # (2, 32, 1, 1): channels, outputs per group, kernel
+    """
+
+    def __init__(self, convolution: nn.Conv2d, channels: list[int] | None = None, train_bias: bool = False):
+        super().__init__()
+        self.stride, self.padding, self.dilation = convolution.stride, convolution.padding, convolution.dilation
+        self.groups = convolution.groups
+        self.convolution = [convolution]  # in a list, so that it is no submodule with parameters of its own
+        self.weight = convolution.weight.requires_grad_(False)
+        self.bias = convolution.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(train_bias)
+        self.weight_slice: nn.Parameter | None = None
+        self.set_channels(channels or [])
+        self.register_state_dict_post_hook(_drop_slice)
+        self.register_load_state_dict_pre_hook(_take_slice)
+
+    def set_channels(self, channels: list[int]) -> None:
+        """Takes other channels to be trained, with the weights they have now; the parameter is a new one."""
+        if self.weight_slice is not None:
+            self.write_slice()
+        self.channels = list(channels)
+        index = torch.tensor(self.channels, dtype=torch.long, device=self.weight.device)
+        # buffers move with the module to its device, but are no part of its state
+        self.register_buffer("channel_index", index, persistent=False)
+        self.weight_slice = nn.Parameter(self._read_slice(self.weight)) if channels else None
+
+    def _index(self) -> tuple[Tensor, Tensor]:
+        group_channels = self.weight.shape[1]
+        return self.channel_index // group_channels, self.channel_index % group_channels
+
+    def _read_slice(self, weight: Tensor) -> Tensor:
+        return by_input_channel(weight.detach(), self.groups)[self._index()]
+
+    def write_slice(self) -> None:
+        """Writes the trained slice into the full weight."""
+        if self.weight_slice is not None:
+            by_input_channel(self.weight.detach(), self.groups)[self._index()] = self.weight_slice.detach()
+
+    def plain(self) -> nn.Conv2d:
+        """The ``nn.Conv2d`` that this layer replaced, with the weights trained."""
+        self.write_slice()
+        convolution = self.convolution[0]
+        convolution.weight, convolution.bias = self.weight, self.bias
+        return convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of shape (N, in, H, W), to (N, out, H', W')."""
+        self.write_slice()
+        bias_needs_gradient = self.bias is not None and self.bias.requires_grad
+        if not torch.is_grad_enabled() or not (x.requires_grad or self.channels or bias_needs_gradient):
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return _SubTensorConvolution.apply(
+            x, self.weight_slice, self.bias, self.weight.detach(), self.channels, self.channel_index, settings
+        )
+
+    def extra_repr(self) -> str:
+        """For ``print(network)``."""
+        return f"updated_channels={len(self.channels)} of {self.weight.shape[1] * self.groups}, " + ", ".join(
+            f"{name}={getattr(self, name)}" for name in ("stride", "padding", "groups")
+        )
+
+
+def _drop_slice(layer: SubTensorConv2d, state: dict[str, Tensor], prefix: str, _) -> None:
+    layer.write_slice()
+    state.pop(prefix + "weight_slice", None)
+
+
+def _take_slice(layer: SubTensorConv2d, state: dict[str, Tensor], prefix: str, *_) -> None:
+    if layer.weight_slice is not None and prefix + "weight" in state:
+        state[prefix + "weight_slice"] = layer._read_slice(state[prefix + "weight"].to(layer.weight.device))
+
+
+class _SubTensorConvolution(torch.autograd.Function):
+    """``conv2d`` that keeps for backward the channels in ``channels`` of its input, and nothing else."""
+
+    @staticmethod
+    def forward(ctx, x, weight_slice, bias, weight, channels, channel_index, settings):
+        output = F.conv2d(x, weight, bias, *settings)
+        ctx.settings, ctx.channels, ctx.input_shape = settings, channels, x.shape
+        # autocast may compute in a lower precision than the input has: then that is enough for backward too
+        kept = x.index_select(1, channel_index).to(output.dtype) if channels else None
+        # the full weight is no part of the graph; the slice is saved so that autograd sees a step taken in between
+        ctx.weight = weight
+        ctx.save_for_backward(kept, weight_slice)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        kept, weight_slice = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad_input = grad_slice = grad_bias = None
+        if wanted[0]:
+            grad_input = conv2d_input(ctx.input_shape, ctx.weight.to(gradient.dtype), gradient, *ctx.settings)
+        if wanted[1]:
+            grad_slice = _slice_gradient(kept, gradient, ctx.channels, ctx.weight.shape, ctx.settings)
+            grad_slice = grad_slice.to(weight_slice.dtype)
+        if wanted[2]:
+            grad_bias = gradient.sum((0, 2, 3), dtype=ctx.weight.dtype)
+        return grad_input, grad_slice, grad_bias, None, None, None, None
+
+
+def _slice_gradient(kept: Tensor, gradient: Tensor, channels: list[int], weight_shape, settings) -> Tensor:
+    """Gradient of the slice, (k, out / groups, kernel height, kernel width), from k channels of the input."""
+    stride, padding, dilation, groups = settings
+    out_channels, group_channels, *kernel = weight_shape
+    group_outputs = out_channels // groups
+    if groups == 1:
+        shape = (out_channels, len(channels), *kernel)
+        return conv2d_weight(kept, shape, gradient, stride, padding, dilation).transpose(0, 1)
+    if group_channels == 1:
+        shape = (len(channels) * group_outputs, 1, *kernel)
+        outputs = gradient.unflatten(1, (groups, group_outputs))[:, channels].flatten(1, 2)
+        weight_gradient = conv2d_weight(kept, shape, outputs, stride, padding, dilation, len(channels))
+        return weight_gradient.view(len(channels), group_outputs, *kernel)
+    result = gradient.new_empty(len(channels), group_outputs, *kernel)
+    for group in sorted({channel // group_channels for channel in channels}):
+        rows = [row for row, channel in enumerate(channels) if channel // group_channels == group]
+        outputs = gradient[:, group * group_outputs : (group + 1) * group_outputs]
+        shape = (group_outputs, len(rows), *kernel)
+        result[rows] = conv2d_weight(kept[:, rows], shape, outputs, stride, padding, dilation).transpose(0, 1)
+    return result
+
+
+class MaskedReLU(nn.Module):
+    """ReLU or ReLU6 that stores one byte per element for backward, a mask, and not a float.
+
+    Args:
+        activation: The ``nn.ReLU`` or ``nn.ReLU6`` to replace.
+
+    Example::
+
+        MaskedReLU(nn.ReLU6(inplace=True))
+    """
+
+    def __init__(self, activation: nn.ReLU | nn.ReLU6):
+        super().__init__()
+        self.activation = activation
+        self.upper = 6.0 if isinstance(activation, nn.ReLU6) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _MaskedClamp.apply(x, self.upper, self.activation.inplace)
+        return self.activation(x)
+
+
+class _MaskedClamp(torch.autograd.Function):
+    """``clamp(x, 0, upper)`` that keeps for backward where the value is strictly inside."""
+
+    @staticmethod
+    def forward(ctx, x, upper, inplace):
+        if inplace:
+            ctx.mark_dirty(x)
+            output = x.clamp_(0, upper)
+        else:
+            output = x.clamp(0, upper)
+        # not two comparisons and an "and": converting to bool is several times faster than comparing
+        ctx.save_for_backward((output if upper is None else (upper - output).mul_(output)).to(torch.bool))
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (mask,) = ctx.saved_tensors
+        # multiplied as floats: an operation on bool and float together is not vectorized, and 30 times slower
+        return mask.view(torch.uint8).to(gradient.dtype).mul_(gradient), None, None

@@ -1,0 +1,163 @@
+"""Times one training step: full update, frozen parameters, masked gradients, sub-tensor layers.
+
+    uv run recipes/benchmark_step.py --width 0.35 --resolution 128 --batch_size 32 --scheme S.json
+
+All methods train the same folded network and take turns in one process, so that a machine whose speed drifts favours
+none; ratios are medians over the rounds. Beside them stands the forward pass alone, which no method can undercut.
+"""
+
+import copy
+import json as json_format
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from microtune.modules.channel_choice import choose_channels
+from microtune.modules.operations import NetworkOperations
+from microtune.modules.saved_for_backward import measure_saved_bytes
+from microtune.modules.scheme_application import AppliedScheme
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.recipes.command_line import run
+from microtune.recipes.networks import NetworkName, describe_network
+
+METHODS = ("full", "freeze", "mask", "sub_tensor")
+
+
+def main(
+    scheme: Path,
+    network: NetworkName = "mobilenet_v2",
+    width: float = 0.35,
+    resolution: int = 128,
+    batch_size: int = 32,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    head_convolution: bool = False,
+    rounds: int = 30,
+    threads: int | None = None,
+    json: bool = False,
+) -> None:
+    """Times one training step: full update, frozen parameters, masked gradients, sub-tensor layers.
+
+    Args:
+        scheme: Update scheme, a JSON file.
+        network: Its architecture.
+        width: Multiplier of its channels.
+        resolution: Height and width of the input in pixels.
+        batch_size: Samples per step.
+        num_classes: Outputs of the classifier.
+        in_channels: Channels of the input.
+        head_convolution: Whether the network has its last 1x1 convolution.
+        rounds: Steps of each method that are timed, after two that are not.
+        threads: Of PyTorch; by default as many as the machine has cores.
+        json: Print one JSON object and nothing else.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    described = describe_network(width, resolution, num_classes, in_channels, head_convolution)
+    update_scheme = described.load_scheme(scheme)
+    samples = torch.randn(batch_size, *described.input_shape).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(num_classes, (batch_size,))
+    plain = described.network.to(memory_format=torch.channels_last)
+
+    steps: dict[str, Callable[[], None]] = {"forward": lambda: forward_only(plain, samples)}
+    saved = {}
+    for method in METHODS:
+        trained, restore_frozen = prepared(plain, update_scheme, described.operations, method)
+        saved[method] = measure_saved_bytes(trained, samples) / batch_size
+        steps[method] = training_step(trained, restore_frozen, samples, labels)
+    seconds = interleaved_seconds(steps, rounds, show_progress=not json)
+
+    report = {"forward_seconds": median(seconds["forward"]), "threads": torch.get_num_threads(), "methods": {}}
+    for method in METHODS:
+        ratios = [full / own for full, own in zip(seconds["full"], seconds[method], strict=True)]
+        report["methods"][method] = {
+            "step_seconds": median(seconds[method]),
+            "autograd_bytes_per_sample": saved[method],
+            "speedup_over_full": median(ratios),
+            "saved_bytes_ratio_of_full": saved["full"] / saved[method],
+        }
+    print(json_format.dumps(report, indent=2)) if json else print_table(report, batch_size)
+
+
+def prepared(
+    plain: nn.Module, scheme: UpdateScheme, operations: NetworkOperations, method: str
+) -> tuple[nn.Module, Callable[[], None]]:
+    """A copy of the network that trains by this method, and what is to be done after each step."""
+    network = copy.deepcopy(plain).train()
+    channels = choose_channels(network, scheme, operations.convolutions)
+    if method in ("sub_tensor", "mask"):
+        applied = AppliedScheme(network, scheme, operations, channels, method)
+        return network, applied.restore_frozen
+    if method == "freeze":
+        applied = AppliedScheme(network, scheme, operations, channels, "mask")
+        flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+        applied.remove()
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(flags[name])
+    return network, lambda: None
+
+
+def forward_only(network: nn.Module, samples: Tensor) -> None:
+    """The forward pass without gradients."""
+    with torch.no_grad():
+        network(samples)
+
+
+def training_step(
+    network: nn.Module, restore_frozen: Callable[[], None], samples: Tensor, labels: Tensor
+) -> Callable[[], None]:
+    """Forward, backward and an SGD step without momentum, ready to be called."""
+    optimizer = torch.optim.SGD([parameter for parameter in network.parameters() if parameter.requires_grad], 1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(samples), labels).backward()
+        optimizer.step()
+        restore_frozen()
+
+    return step
+
+
+def interleaved_seconds(
+    steps: dict[str, Callable[[], None]], rounds: int, show_progress: bool
+) -> dict[str, list[float]]:
+    """Seconds of every step in every round, the methods taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in track(range(rounds + 2), "timing", disable=not show_progress, transient=True):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if index >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def print_table(report: dict, batch_size: int) -> None:
+    """Prints one row per method."""
+    table = Table("method", "step, ms", "speed-up over full", "saved for backward, KiB per sample", "full / saved")
+    for method, row in report["methods"].items():
+        table.add_row(
+            method,
+            f"{row['step_seconds'] * 1e3:.1f}",
+            f"{row['speedup_over_full']:.2f}",
+            f"{row['autograd_bytes_per_sample'] / 1024:.1f}",
+            f"{row['saved_bytes_ratio_of_full']:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"forward pass alone: {report['forward_seconds'] * 1e3:.1f} ms; "
+        f"batch size {batch_size}, {report['threads']} threads"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
