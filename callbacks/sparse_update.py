@@ -107,9 +107,9 @@ class SparseUpdate(Callback):
             self.applied = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheme and the chosen channels."""
+        """The scheme, the chosen channels and the method."""
         scheme = {key: value for key, value in self.scheme.to_dict().items() if key != "provenance"}
-        return {"scheme": scheme, "channels": self.channels}
+        return {"scheme": scheme, "channels": self.channels, "method": self.method}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the channels that the checkpoint was trained with."""
@@ -117,6 +117,11 @@ class SparseUpdate(Callback):
             raise UserError(
                 f"the checkpoint was trained under another scheme: bias_depth {state_dict['scheme']['bias_depth']} and "
                 f"weights {state_dict['scheme']['weights']}: resume with that one, or start anew from its weights"
+            )
+        if state_dict["method"] != self.method:
+            raise UserError(
+                f"the checkpoint was trained with method={state_dict['method']!r}, whose optimizer state has other "
+                f"shapes than that of {self.method!r}: resume with that one, or start anew from its weights"
             )
         self.channels = state_dict["channels"]
         if self.applied is not None:

@@ -66,7 +66,7 @@ class AppliedScheme:
         for convolution in operations.convolutions[first:]:
             self._apply_to_layer(convolution.name, convolution.in_channels, method)
         if method == "sub_tensor":
-            for name, module in list(network.named_modules()):
+            for name, module in list(network.named_modules(remove_duplicate=False)):
                 if type(module) in (nn.ReLU, nn.ReLU6):
                     network.set_submodule(name, MaskedReLU(module))
 
@@ -75,7 +75,11 @@ class AppliedScheme:
         channels = self.channels.get(name, [])
         is_whole = len(channels) == in_channels
         if method == "sub_tensor" and not is_whole and has_subtensor_version(layer):
-            self.network.set_submodule(name, SubTensorConv2d(layer, channels, train_bias=True))
+            replacement = SubTensorConv2d(layer, channels, train_bias=True)
+            # a module may be known by several names, and be called by any of them
+            for other, module in list(self.network.named_modules(remove_duplicate=False)):
+                if module is layer:
+                    self.network.set_submodule(other, replacement)
             return
         if layer.bias is not None:
             layer.bias.requires_grad_(True)
@@ -105,7 +109,7 @@ class AppliedScheme:
         for mask in self._masks.values():
             mask.restore_frozen()
             mask.remove()
-        for name, module in list(self.network.named_modules()):
+        for name, module in list(self.network.named_modules(remove_duplicate=False)):
             if isinstance(module, SubTensorConv2d):
                 self.network.set_submodule(name, module.plain())
             elif isinstance(module, MaskedReLU):
@@ -123,19 +127,31 @@ class _GradientMask:
         groups, group_channels = layer.groups, layer.weight.shape[1]
         index = torch.tensor(channels)
         by_input_channel(self.updated, groups)[index // group_channels, index % group_channels] = True
-        self.frozen = layer.weight.detach().clone()
-        self.hook = layer.weight.register_hook(lambda gradient: gradient * self._on(self.updated, gradient))
+        self.frozen: Tensor | None = None
+        self.hooks = [
+            layer.weight.register_hook(self._mask),
+            layer.register_load_state_dict_post_hook(lambda *_: setattr(self, "frozen", None)),
+        ]
+
+    def _mask(self, gradient: Tensor) -> Tensor:
+        # remembered only now: until the first step, DDP, a precision or a checkpoint may give the layer other weights
+        if self.frozen is None:
+            self.frozen = self.layer.weight.detach().clone()
+        return gradient * self._on(self.updated, gradient)
 
     @staticmethod
     def _on(tensor: Tensor, other: Tensor) -> Tensor:
         return tensor.to(other.device)
 
     def restore_frozen(self) -> None:
+        if self.frozen is None:
+            return
         weight = self.layer.weight.detach()
         weight.copy_(torch.where(self._on(self.updated, weight), weight, self._on(self.frozen, weight)))
 
     def remove(self) -> None:
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
 
 
 def refuse_batch_norm(network: nn.Module) -> None:

@@ -96,7 +96,7 @@ class UpdateScheme:
             if self.updated_channels(convolution) == 0:
                 raise UserError(
                     f"update ratio {ratio} of {layer} is none of its {convolution.in_channels} input channels: "
-                    f"give at least {1 / convolution.in_channels:.4g}"
+                    f"give at least {math.ceil(1e4 / convolution.in_channels) / 1e4:g}"
                 )
             too_high = [index for index in self.channels.get(layer, ()) if index >= convolution.in_channels]
             if too_high:
