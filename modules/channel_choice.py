@@ -27,7 +27,8 @@ def channels_by_weight_norm(weight: Tensor, groups: int, count: int) -> list[int
 
 def channels_at_random(layer: str, in_channels: int, count: int, seed: int) -> list[int]:
     """``count`` input channels drawn evenly, sorted; a function of the layer's name and the seed alone."""
-    generator = torch.Generator().manual_seed((crc32(layer.encode()) << 32) + seed)
+    # PyTorch's generator for the CPU reads only the lower 32 bits of its seed
+    generator = torch.Generator().manual_seed(crc32(f"{layer} {seed}".encode()))
     return sorted(torch.randperm(in_channels, generator=generator)[:count].tolist())
 
 

@@ -152,14 +152,31 @@ def padding_of_weights(source: str | Path) -> Padding:
     suffix = Path(source).suffix
     if suffix != ".ckpt":
         return "keras" if suffix in KERAS_SUFFIXES else "symmetric"
-    network = _read_torch_file(_existing_file(source)).get("hyper_parameters", {}).get("network")
-    padding = network.get("padding") if isinstance(network, dict) else None
+    padding = _described_network(source).get("padding")
     if padding not in get_args(Padding):
         raise UserError(
             f"checkpoint {source} says padding {padding!r} in hyper_parameters['network']: "
             "it must be 'symmetric' or 'keras'; give a checkpoint that a recipe of microtune wrote"
         )
     return padding
+
+
+def weights_are_folded(source: str | Path) -> bool:
+    """Returns whether weights are those of a network without batch norm: only a checkpoint of microtune can be.
+
+    Args:
+        source: As in ``load_weights``.
+
+    Example::
+
+        weights_are_folded("torchvision")  # False
+    """
+    return Path(source).suffix == ".ckpt" and bool(_described_network(source).get("folded", False))
+
+
+def _described_network(checkpoint: str | Path) -> dict[str, Any]:
+    network = _read_torch_file(_existing_file(checkpoint)).get("hyper_parameters", {}).get("network")
+    return network if isinstance(network, dict) else {}
 
 
 def load_weights(network: MobileNetV2, source: str | Path) -> None:

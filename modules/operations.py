@@ -115,6 +115,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, sample: Tensor, parameters: Iterator[Tensor]):
         super().__init__()
         self.convolutions: list[Convolution] = []
+        self.weights: list[Tensor] = []  # of the convolutions
         self.operations: list[Operation] = []
         self.tensors: list[tuple[int, ...]] = []
         self.linears: list[tuple[str, int, int]] = []
@@ -167,8 +168,9 @@ class _Recorder(TorchDispatchMode):
         if not self.current or not isinstance(self.current[-1][1], nn.Conv2d):
             raise UserError("the network calls a convolution that is no nn.Conv2d module: make it one")
         name, module = self.current[-1]
-        if any(c.name == name for c in self.convolutions):
+        if any(c.name == name for c in self.convolutions) or any(weight is module.weight for weight in self.weights):
             raise UserError(f"convolution {name} is shared or called twice: an update scheme needs one call per layer")
+        self.weights.append(module.weight)
         self.convolutions.append(
             Convolution(
                 name=name,

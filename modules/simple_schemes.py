@@ -1,6 +1,7 @@
 """Update schemes by rule, with no search: what a searched one has to beat."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 from microtune.modules.operations import Convolution, NetworkOperations
 from microtune.modules.update_scheme import UpdateScheme
@@ -48,29 +49,30 @@ def last_layers_that_fit(network: str, operations: NetworkOperations, fits: Fits
 
 
 def expanding_convolutions_that_fit(
-    network: str, operations: NetworkOperations, fits: Fits, ratio: float = 0.25
+    network: str, operations: NetworkOperations, fits: Fits, ratios: Sequence[float] = (1 / 2, 1 / 4, 1 / 8)
 ) -> UpdateScheme | None:
-    """Updates ``ratio`` of the input channels of as many of the last expanding convolutions as fit.
+    """Updates some input channels of as many of the last expanding convolutions as fit.
 
-    Expanding are the 1x1 convolutions with more outputs than inputs: the schemes of Lin et al. 2022 (figures of
-    section 3.3) consist of these almost only. The biases from the first of them on are updated too.
+    Expanding are the 1x1 convolutions with more outputs than inputs: the schemes of Lin et al. 2022 (section 3.3)
+    consist of these almost only. The biases from the first of them on are updated too. More layers go before more
+    channels: of the most layers that fit, the largest ratio that fits.
 
     Args:
         network: Name of the network.
         operations: Of the network.
         fits: Whether a scheme is within the budget.
-        ratio: Update ratio of each; of a layer with too few channels for it, one channel.
+        ratios: Update ratios to try, the same for all layers; of a layer with too few channels, one channel.
     """
     convolutions = operations.convolutions
     expanding = [index for index, convolution in enumerate(convolutions) if _is_expanding(convolution)]
-    provenance = {"rule": f"expanding convolutions that fit, ratio {ratio}"}
 
     def candidates() -> Iterator[UpdateScheme]:
-        for first in range(len(expanding)):
-            layers = [convolutions[index] for index in expanding[first:]]
+        for first, ratio in itertools.product(expanding, ratios):
+            layers = [convolutions[index] for index in expanding if index >= first]
             weights = {layer.name: max(ratio, 1 / layer.in_channels) for layer in layers}
-            yield UpdateScheme(network, len(convolutions) - expanding[first], weights, provenance=provenance)
-        yield UpdateScheme(network, 0, provenance=provenance)
+            provenance = {"rule": f"expanding convolutions that fit, {ratio} of their input channels"}
+            yield UpdateScheme(network, len(convolutions) - first, weights, provenance=provenance)
+        yield classifier_only(network)
 
     return _first_that_fits(candidates(), fits)
 

@@ -144,10 +144,10 @@ class UpdateScheme:
             raise UserError(f"{path}: cannot read the update scheme: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: this is a binary file, not an update scheme in JSON") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON, perhaps cut off: {error}") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        except (ValueError, RecursionError) as error:  # also a number of too many digits, or too deeply nested
+            raise UserError(f"{path}: not valid JSON, perhaps cut off: {error}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -50,4 +50,4 @@ def with_values_for_flags(parser: ArgumentParser, words: list[str]) -> list[str]
 
 def arguments_as_yaml(main: Callable[..., Any], arguments: dict[str, Any]) -> str:
     """The arguments of a recipe's ``main`` as a file for ``--config``."""
-    return auto_parser(main, as_positional=False).dump({key: value for key, value in arguments.items()})
+    return auto_parser(main, as_positional=False).dump(arguments)

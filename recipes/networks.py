@@ -7,11 +7,23 @@ from typing import Any, Literal
 from torch import nn
 
 from microtune.modules.classifier import build_network
+from microtune.modules.microcontrollers import Microcontroller
 from microtune.modules.mobilenet_v2 import network_name
 from microtune.modules.operations import NetworkOperations, find_operations
+from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.simple_schemes import (
+    biases_that_fit,
+    classifier_only,
+    expanding_convolutions_that_fit,
+    full_update,
+    last_layers_that_fit,
+)
 from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+from microtune.recipes.memory_figures import scheme_fits
 
 NetworkName = Literal["mobilenet_v2"]
+NAMED_SCHEMES = ("classifier", "biases", "last_layers", "sub_tensor", "full")
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,12 @@ class DescribedNetwork:
 
 
 def describe_network(
-    width: float, resolution: int, num_classes: int, in_channels: int, head_convolution: bool, padding: str = "symmetric"
+    width: float,
+    resolution: int,
+    num_classes: int,
+    in_channels: int,
+    head_convolution: bool,
+    padding: str = "symmetric",
 ) -> DescribedNetwork:
     """Builds a folded MobileNetV2 and runs it once on ``in_channels`` x ``resolution`` x ``resolution``."""
     arguments = {
@@ -58,3 +75,37 @@ def describe_network(
     input_shape = (in_channels, resolution, resolution)
     operations = find_operations(network, input_shape)
     return DescribedNetwork(network_name(width, head_convolution), arguments, network, operations, input_shape)
+
+
+def scheme_by_name_or_file(
+    scheme: str, described: DescribedNetwork, peak_memory: PeakMemory, microcontroller: Microcontroller
+) -> UpdateScheme:
+    """The update scheme that the command line asks for.
+
+    Args:
+        scheme: A JSON file, or one of ``NAMED_SCHEMES``; ``biases``, ``last_layers`` and ``sub_tensor`` take as many
+            layers as fit the microcontroller.
+        described: The network.
+        peak_memory: Of the network, with the options of the training.
+        microcontroller: The device.
+
+    Raises:
+        UserError: The file is no scheme for this network, or nothing fits.
+    """
+    name, operations = described.name, described.operations
+    rules = {
+        "biases": biases_that_fit,
+        "last_layers": last_layers_that_fit,
+        "sub_tensor": expanding_convolutions_that_fit,
+    }
+    if scheme == "classifier":
+        return classifier_only(name)
+    if scheme == "full":
+        return full_update(name, operations)
+    if scheme in rules:
+        found = rules[scheme](name, operations, lambda one: scheme_fits(peak_memory, one, microcontroller))
+        # nothing fits: the smallest scheme says so where it is checked
+        return found or classifier_only(name)
+    if not Path(scheme).suffix and not Path(scheme).exists():
+        raise UserError(f"unknown scheme {scheme!r}: give a JSON file or one of {', '.join(NAMED_SCHEMES)}")
+    return described.load_scheme(scheme)

@@ -1,0 +1,289 @@
+"""CIFAR-10 and CIFAR-100, read without running what their pickles say."""
+
+import functools
+import logging
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
+from microtune.datamodules.reproducible_order import (
+    ImagesInMemory,
+    Normalization,
+    check_image_arguments,
+    data_loader,
+    stratified_split,
+)
+from microtune.modules.user_error import UserError
+
+log = logging.getLogger(__name__)
+
+
+class CIFAR(LightningDataModule):
+    """CIFAR-10 or CIFAR-100: 32x32 colour photographs, held in memory and enlarged batch by batch.
+
+    The validation images are taken from the training images. These are moved by up to 4 pixels at 32x32 and half of
+    them mirrored, before they are enlarged.
+
+    Args:
+        data_dir: the folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        classes: 10 or 100.
+        resolution: height and width of the images, in pixels.
+        batch_size: images in a batch; the last one of an epoch may be smaller.
+        seed: order and augmentation of the training images are functions of (seed, epoch, index).
+        augment: whether to move and mirror the training images.
+        normalization: mean and standard deviation on images from 0 to 1, as the network's weights expect them.
+        download: fetch the data (170 MB) where it is missing.
+        num_workers: processes that load; none is enough, unless a GPU trains faster than one core resizes.
+        validation_fraction: the part of the training images held out for validation.
+        split_seed: chooses the validation images.
+
+    Raises:
+        UserError: if the data is missing or is not CIFAR, or an argument is out of its range.
+
+    Example::
+
+        data = CIFAR("data", classes=10, resolution=96, download=True)
+        data.prepare_data()
+        data.setup()
+        images, labels = next(iter(data.train_dataloader()))  # (128, 3, 96, 96), (128,)
+    """
+
+    in_channels = 3
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        classes: Literal[10, 100] = 10,
+        resolution: int = 96,
+        batch_size: int = 128,
+        seed: int = 0,
+        augment: bool = True,
+        normalization: Normalization = ((0.5,), (0.5,)),
+        download: bool = False,
+        num_workers: int = 0,
+        validation_fraction: float = 0.1,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_image_arguments(resolution, batch_size, normalization, self.in_channels)
+        if classes not in (10, 100):
+            raise UserError(f"there is no CIFAR-{classes}: give 10 or 100 classes")
+        self.source = CIFAR10 if classes == 10 else CIFAR100
+        self.folder = Path(data_dir).expanduser() / self.source.base_folder
+        self.num_classes = classes
+        self.resolution = resolution
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = augment
+        self.normalization = normalization
+        self.download = download
+        self.num_workers = num_workers
+        self.validation_fraction = validation_fraction
+        self.split_seed = split_seed
+        self._train: ImagesInMemory | None = None
+
+    def prepare_data(self) -> None:
+        """Download the data if that was asked for and it is not there yet."""
+        if self.download and not self.folder.exists():
+            download_whole(self.source, self.folder)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and split the images, whatever the stage; a second call does nothing."""
+        if self._train is not None:
+            return
+        if not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder} does not exist: "
+                f"give --download true, or unpack {self.source.url} in {self.folder.parent}"
+            )
+        self.class_names = read_class_names(self.folder / self.source.meta["filename"], self.num_classes)
+        pixels, labels = self._read(self.source.train_list)
+        kept, held_out = stratified_split(labels.numpy(), self.validation_fraction, self.split_seed)
+        shared = {"resolution": self.resolution, "white": 255, "normalization": self.normalization}
+        self._test = ImagesInMemory(*self._read(self.source.test_list), **shared)
+        self._val = ImagesInMemory(pixels[held_out], labels[held_out], **shared)
+        seed = self.seed if self.augment else None
+        self._train = ImagesInMemory(pixels[kept], labels[kept], **shared, seed=seed, shift_px=4, flip=True)
+        self.train_samples, self.val_samples, self.test_samples = map(len, (self._train, self._val, self._test))
+        warn_of_other_contents(self.source, self.folder)
+
+    def _read(self, files: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = [read_batch(self.folder / name, self.num_classes) for name, _ in files]
+        pixels, labels = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*batches, strict=True))
+        return pixels, labels
+
+    def train_dataloader(self) -> DataLoader:
+        return data_loader(self._train, self.batch_size, shuffle_seed=self.seed, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        return data_loader(self._val, self.batch_size, shuffle_seed=None, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader:
+        return data_loader(self._test, self.batch_size, shuffle_seed=None, num_workers=self.num_workers)
+
+
+def download_whole(source: type[CIFAR10], folder: Path) -> None:
+    """Download and unpack CIFAR beside ``folder`` and rename it last: what is there under that name is whole.
+
+    Args:
+        source: torchvision's class, which knows address, checksum and layout.
+        folder: where the unpacked files shall be.
+
+    Raises:
+        UserError: if the download fails.
+
+    Example::
+
+        download_whole(CIFAR10, Path("data/cifar-10-batches-py"))
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".cifar-") as unfinished:
+        try:
+            download_and_extract_archive(source.url, unfinished, filename=source.filename, md5=source.tgz_md5)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{source.url} could not be downloaded ({error}): fetch it yourself and unpack it in {folder.parent}"
+            ) from error
+        (Path(unfinished) / source.base_folder).rename(folder)
+
+
+@functools.cache
+def warn_of_other_contents(source: type[CIFAR10], folder: Path) -> None:
+    """Log a warning, once per folder, if the files are not the official ones: a subset, say, is none."""
+    other = [name for name, md5 in source.train_list + source.test_list if not check_integrity(folder / name, md5)]
+    if other:
+        rank_zero_only(log.warning)(
+            "%s is not the official CIFAR (the checksums of %d files differ): accuracies will not compare",
+            folder,
+            len(other),
+        )
+
+
+def read_batch(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read one file of images.
+
+    Args:
+        path: a ``data_batch_*``, ``train`` or ``test`` file.
+        num_classes: 10 or 100.
+
+    Returns:
+        uint8 pixels of shape (N, 3, 32, 32) and int64 labels of shape (N,).
+
+    Raises:
+        UserError: if the file is missing or holds anything else.
+
+    Example::
+
+        pixels, labels = read_batch(Path("data/cifar-10-batches-py/test_batch"), num_classes=10)
+    """
+    entries = read_plain_pickle(path)
+    pixels = entries.get("data")
+    if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (3072,) or not len(pixels):
+        found = pixels.shape if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise _not_cifar(path, f"'data' is {found}, not an array of shape (images, 3072)")
+    key = "labels" if num_classes == 10 else "fine_labels"
+    labels = entries.get(key)
+    if not isinstance(labels, list) or len(labels) != len(pixels):
+        found = f"{len(labels)} long" if isinstance(labels, list) else type(labels).__name__
+        raise _not_cifar(path, f"'{key}' is {found}, not a list of {len(pixels)}")
+    wrong = [label for label in labels if type(label) is not int or not 0 <= label < num_classes]
+    if wrong:
+        raise _not_cifar(path, f"label {wrong[0]!r} is not a number from 0 to {num_classes - 1}")
+    return pixels.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
+
+
+def read_class_names(path: Path, num_classes: int) -> list[str]:
+    """Read the names of the classes, in the order of the labels.
+
+    Raises:
+        UserError: if the file is missing or does not hold as many names.
+
+    Example::
+
+        read_class_names(Path("data/cifar-10-batches-py/batches.meta"), num_classes=10)  # ["airplane", ...]
+    """
+    key = "label_names" if num_classes == 10 else "fine_label_names"
+    names = read_plain_pickle(path).get(key)
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        raise _not_cifar(path, f"'{key}' is not a list of {num_classes} names")
+    return names
+
+
+def read_plain_pickle(path: Path) -> dict[str, Any]:
+    """Read a pickled dictionary of numbers, text, lists and uint8 arrays, and run nothing that the file names.
+
+    Raises:
+        UserError: if the file is missing, is no pickle, or names anything but a uint8 array.
+
+    Example::
+
+        read_plain_pickle(Path("data/cifar-10-batches-py/batches.meta"))["label_names"]
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: delete {path.parent} and give --download true")
+    try:
+        with path.open("rb") as file:
+            entries = _PlainUnpickler(file, encoding="latin1").load()
+    # A file that is no pickle makes the unpickler fail with almost any exception.
+    except Exception as error:
+        raise _not_cifar(path, f"{type(error).__name__}: {error}") from error
+    if not isinstance(entries, dict):
+        raise _not_cifar(path, f"it holds a {type(entries).__name__}, not a dict")
+    return {key: value.array if isinstance(value, _PickledArray) else value for key, value in entries.items()}
+
+
+def _not_cifar(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is not a CIFAR file ({what}): delete {path.parent} and give --download true")
+
+
+class _PickledArray:
+    """Takes the place of a numpy array. numpy's own ``__setstate__`` would trust types and flags from the file."""
+
+    def __init__(self, *_: object) -> None:
+        self.array: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, _, columns_first, values = state
+        values = values.encode("latin1") if isinstance(values, str) else values  # a str if written by Python 2
+        self.array = np.frombuffer(values, np.uint8).reshape(shape, order="F" if columns_first else "C").copy()
+
+
+class _PickledDtype:
+    """Takes the place of numpy's dtype and admits one."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if code != "u1":
+            raise pickle.UnpicklingError(f"it holds an array of type {code}, not u1")
+
+    def __setstate__(self, state: tuple) -> None:
+        pass
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    """Takes the place of ``_codecs.encode``, which carries bytes in pickles of protocol 2 that Python 3 wrote."""
+    return text.encode("latin1")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    STAND_INS = {  # noqa: RUF012
+        ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+        ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+        ("numpy", "ndarray"): _PickledArray,
+        ("numpy", "dtype"): _PickledDtype,
+        ("_codecs", "encode"): _encoded,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self.STAND_INS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data") from None

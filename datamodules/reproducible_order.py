@@ -1,0 +1,321 @@
+"""Which samples come when, and how each is augmented, as a function of (seed, epoch, index) and of nothing else.
+
+So a run resumed from its last finished epoch sees what one never stopped would have seen, whatever the number of
+workers. The sampler sends ``(epoch, index)`` pairs to the data set, which draws its random numbers from them: there is
+no state to save, to share with workers or to restore, and torch's global random state is left alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from microtune.modules.user_error import UserError
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+Key = int | tuple[int, int]
+
+
+def random_bits(seed: int, epochs: np.ndarray | int, indices: np.ndarray, draws: int) -> np.ndarray:
+    """Return ``draws`` random 64-bit numbers per sample, each a hash of (seed, epoch, index, draw).
+
+    The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied once per part of the key.
+
+    Args:
+        seed: any integer.
+        epochs: the epoch, or one per sample (N,).
+        indices: the samples' numbers, int64 of shape (N,).
+        draws: how many numbers each sample gets.
+
+    Returns:
+        uint64 of shape (N, draws).
+
+    Example::
+
+        random_bits(0, 3, np.arange(128), draws=2).shape  # (128, 2)
+    """
+    key = np.array([seed % 2**64], dtype=np.uint64)
+    for part in (np.asarray(epochs), indices):
+        key = _mixed(key ^ _mixed(part.astype(np.uint64)))
+    return _mixed(key[:, None] + np.arange(1, draws + 1, dtype=np.uint64))
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    bits = np.atleast_1d(bits) + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def random_fractions(seed: int, epochs: np.ndarray | int, indices: np.ndarray, draws: int) -> np.ndarray:
+    """Return ``random_bits`` as float64 numbers, uniform in [0, 1), of shape (N, draws).
+
+    Example::
+
+        flipped = random_fractions(0, 3, np.arange(128), draws=1)[:, 0] < 0.5
+    """
+    return (random_bits(seed, epochs, indices, draws) >> np.uint64(11)) * 2.0**-53
+
+
+@contextmanager
+def seeded_torch(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Let torch's CPU random numbers follow from (seed, epoch, index) inside the block, and restore them behind it.
+
+    Example::
+
+        with seeded_torch(0, epoch=3, index=17):
+            image = torchvision.transforms.v2.RandomResizedCrop(96)(image)
+    """
+    state = torch.get_rng_state()
+    # torch.manual_seed would seed the GPUs as well, whose state this block does not restore.
+    torch.default_generator.manual_seed(int(random_bits(seed, epoch, np.array([index]), draws=1)[0, 0]))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class ReproducibleOrder(DistributedSampler):
+    """Shuffles by (seed, epoch) and yields ``(epoch, index)`` pairs, under DDP each process its own part of them.
+
+    Lightning calls ``set_epoch`` with the right epoch, after a resume too, and leaves a ``DistributedSampler`` as it
+    is, so that ``use_distributed_sampler`` makes no difference. Like any ``DistributedSampler`` it repeats a few
+    samples where their number is no multiple of the processes'.
+
+    Args:
+        dataset: a data set with a length, whose ``__getitem__`` or ``__getitems__`` takes ``(epoch, index)`` pairs.
+        seed: any integer; the same seed gives the same orders.
+
+    Example::
+
+        order = ReproducibleOrder(range(5), seed=0)
+        order.set_epoch(2)
+        list(order)  # [(2, 3), (2, 4), (2, 0), (2, 2), (2, 1)]
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        super().__init__(
+            dataset,
+            num_replicas=torch.distributed.get_world_size() if distributed else 1,
+            rank=torch.distributed.get_rank() if distributed else 0,
+            # The parent shuffles by seed + epoch, under which seed 0 in epoch 1 would be seed 1 in epoch 0.
+            seed=int(random_bits(seed, 0, np.array([0]), draws=1)[0, 0] >> np.uint64(2)),
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch
+        return ((epoch, index) for index in super().__iter__())
+
+
+def epochs_and_indices(keys: Sequence[Key]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the epochs and the indices of a batch of keys, each int64 of shape (N,); a plain index is of epoch 0.
+
+    Plain indices come from samplers other than ``ReproducibleOrder``: for evaluation, and from Lightning's
+    ``overfit_batches``.
+
+    Example::
+
+        epochs_and_indices([(2, 7), (2, 5)])  # array([2, 2]), array([7, 5])
+    """
+    pairs = np.array([key if isinstance(key, tuple) else (0, key) for key in keys], dtype=np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def stratified_split(labels: np.ndarray, held_out_fraction: float, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split samples into kept and held out, every class in the same proportion.
+
+    A class of two samples or more has at least one on either side.
+
+    Args:
+        labels: the class of each sample, integers of shape (N,).
+        held_out_fraction: the part to hold out, above 0 and below 1.
+        split_seed: chooses the samples; the seed of the training has no part in it.
+
+    Returns:
+        The sorted indices kept and held out.
+
+    Raises:
+        UserError: if the fraction is not between 0 and 1.
+
+    Example::
+
+        kept, held_out = stratified_split(np.repeat([0, 1], 50), held_out_fraction=0.1, split_seed=0)  # 90 and 10
+    """
+    if not 0 < held_out_fraction < 1:
+        raise UserError(f"a held-out fraction of {held_out_fraction} splits nothing: give one such as 0.1")
+    order = np.argsort(random_bits(split_seed, 0, np.arange(len(labels)), draws=1)[:, 0], kind="stable")
+    held_out = []
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        count = max(1, round(len(members) * held_out_fraction))
+        held_out.append(members[: min(count, len(members) - 1)])
+    held_out = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def check_image_arguments(resolution: int, batch_size: int, normalization: Normalization, in_channels: int) -> None:
+    """Refuse arguments that no image data module can work with.
+
+    Raises:
+        UserError: if resolution or batch size is below 1, or the normalisation does not suit the channels.
+
+    Example::
+
+        check_image_arguments(96, batch_size=32, normalization=((0.5,), (0.5,)), in_channels=3)
+    """
+    for name, value in (("resolution", resolution), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} {value} is not positive: give a whole number such as 32")
+    if len(normalization) != 2 or any(len(values) not in (1, in_channels) for values in normalization):
+        raise UserError(
+            f"normalization {normalization} does not suit {in_channels} channels: "
+            "give means and standard deviations, one of each or one per channel"
+        )
+    if min(normalization[1]) <= 0:
+        raise UserError(f"normalization has a standard deviation of {min(normalization[1])}: give positive ones")
+
+
+def normalized(pixels: Tensor, white: int, normalization: Normalization) -> Tensor:
+    """Return pixels as a network takes them: float32, ``(pixels / white - mean) / std``, channels last in memory.
+
+    Args:
+        pixels: images of shape (N, C, H, W), from 0 to ``white``.
+        white: the value of a white pixel: 255 of a photograph.
+        normalization: mean and standard deviation on images from 0 to 1, one value each or one per channel.
+
+    Example::
+
+        normalized(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 255, ((0.5,), (0.5,)))  # all -1
+    """
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
+    return ((pixels.float() / white - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def shifted(pixels: Tensor, seed: int, epochs: np.ndarray, indices: np.ndarray, shift_px: int, flip: bool) -> Tensor:
+    """Return the images, each moved by up to ``shift_px`` pixels in x and y over black, half of them mirrored.
+
+    This is a random crop after padding, drawn by (seed, epoch, index) for the whole batch at once.
+
+    Args:
+        pixels: images of shape (N, C, H, W).
+        seed: the seed of the augmentation.
+        epochs: the epoch of each image (N,).
+        indices: the number of each image (N,).
+        shift_px: the farthest an image is moved, in pixels.
+        flip: whether to mirror any.
+
+    Example::
+
+        shifted(torch.rand(2, 3, 32, 32), 0, np.array([1, 1]), np.array([7, 5]), shift_px=4, flip=True)
+    """
+    height, width = pixels.shape[-2:]
+    draws = torch.from_numpy(random_fractions(seed, epochs, indices, draws=3))
+    top, left = (draws[:, :2] * (2 * shift_px + 1)).long().T
+    mirrored = (draws[:, 2:] < 0.5) & flip
+    columns = torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width)) + left[:, None]
+    rows = torch.arange(height) + top[:, None]
+    images = torch.arange(len(pixels))[:, None, None]
+    padded = F.pad(pixels, (shift_px,) * 4)
+    return padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class ImagesInMemory(Dataset):
+    """Small images held in memory, handed out as whole batches: augmented, normalised and resized.
+
+    A whole batch at once, because image by image the same work takes several times as long.
+
+    Args:
+        pixels: uint8 images of shape (N, C, H, W), from 0 to ``white``.
+        labels: the class of each image, int64 of shape (N,).
+        resolution: height and width of the images handed out, in pixels.
+        white: the value of a white pixel.
+        normalization: mean and standard deviation on images from 0 to 1, one value each or one per channel.
+        seed: the seed of the augmentation, or None for none.
+        shift_px: the farthest an image is moved, in pixels of the images as they are held.
+        flip: whether half of the images are mirrored.
+
+    Example::
+
+        pixels, labels = torch.zeros(10, 3, 32, 32, dtype=torch.uint8), torch.arange(10)
+        data = ImagesInMemory(pixels, labels, 96, white=255, normalization=((0.5,), (0.5,)))
+        images, labels = data.__getitems__([0, 3])  # (2, 3, 96, 96), (2,)
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        resolution: int,
+        white: int,
+        normalization: Normalization,
+        seed: int | None = None,
+        shift_px: int = 0,
+        flip: bool = False,
+    ) -> None:
+        self.pixels = pixels.contiguous(memory_format=torch.channels_last)
+        self.labels = labels
+        self.resolution = resolution
+        self.white = white
+        self.normalization = normalization
+        self.seed = seed
+        self.shift_px = shift_px
+        self.flip = flip
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([key])
+        return images[0], labels[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        epochs, indices = epochs_and_indices(keys)
+        chosen = torch.from_numpy(indices)
+        images = self.pixels[chosen]
+        if self.seed is not None:
+            images = shifted(images, self.seed, epochs, indices, self.shift_px, self.flip)
+        # Normalised before it is enlarged: the same numbers from fewer pixels, as interpolation keeps averages.
+        images = normalized(images, self.white, self.normalization)
+        if self.resolution != images.shape[-1]:
+            size = (self.resolution, self.resolution)
+            images = F.interpolate(images, size, mode="bilinear", antialias=self.resolution < images.shape[-1])
+        return images.contiguous(memory_format=torch.channels_last), self.labels[chosen]
+
+
+def data_loader(
+    dataset: Dataset, batch_size: int, shuffle_seed: int | None, num_workers: int = 0, collate: Callable | None = None
+) -> DataLoader:
+    """Return a loader in reproducible order, which draws nothing from torch's global random state.
+
+    Args:
+        dataset: what to load; see ``ReproducibleOrder`` for the keys it is asked for.
+        batch_size: samples in a batch; the last one may be smaller.
+        shuffle_seed: the seed of the shuffling, or None for the data set's own order.
+        num_workers: processes that load; the batches do not depend on it.
+        collate: makes the batch of what the data set returns; by default the data set returns whole batches.
+
+    Example::
+
+        for images, labels in data_loader(dataset, batch_size=32, shuffle_seed=0):
+            ...
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=None if shuffle_seed is None else ReproducibleOrder(dataset, shuffle_seed),
+        num_workers=num_workers,
+        collate_fn=collate or _as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # without its own, a loader draws a number from the global one per epoch
+    )
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch

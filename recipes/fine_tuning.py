@@ -1,0 +1,232 @@
+"""The job that all training recipes share: fine-tune a network under a scheme that fits a microcontroller."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from microtune.callbacks.sparse_update import SparseUpdate
+from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.channel_choice import ChannelChoice
+from microtune.modules.classifier import Classifier, OptimizerName, build_network
+from microtune.modules.microcontrollers import Microcontroller, microcontroller
+from microtune.modules.mobilenet_v2 import load_weights, padding_of_weights, weights_are_folded
+from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.scheme_application import Method
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.whole_files import whole_file, write_json
+from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, refuse_oversize
+from microtune.recipes.networks import NetworkName, describe_network, scheme_by_name_or_file
+from microtune.recipes.run_folder import (
+    LoggerName,
+    log_run_end,
+    log_run_start,
+    make_loggers,
+    open_run_folder,
+    wandb_run,
+)
+
+
+def fine_tune(
+    data: LightningDataModule,
+    recipe: str,
+    arguments: dict[str, Any],
+    weights: str,
+    resolution: int,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    scheme: str = "sub_tensor",
+    mcu: str | None = "stm32f746",
+    network: NetworkName = "mobilenet_v2",
+    width: float = 0.35,
+    head_convolution: bool = False,
+    learning_rate: float | None = None,
+    optimizer: OptimizerName = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    label_smoothing: float = 0.0,
+    warmup_fraction: float = 0.1,
+    accumulate_batches: int = 1,
+    gradient_clip_norm: float | None = None,
+    channel_choice: ChannelChoice = "weight_norm",
+    method: Method = "sub_tensor",
+    sram_bytes: int | None = None,
+    flash_bytes: int | None = None,
+    reserve_bytes: int | None = None,
+    allow_oversize: bool = False,
+    accelerator: str = "auto",
+    devices: str = "auto",
+    strategy: str = "auto",
+    precision: str = "32-true",
+    logger: LoggerName = "wandb",
+    out_dir: Path | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Trains, tests once, and leaves everything in the run's folder; returns what ``report.json`` says.
+
+    Args:
+        data: What to learn.
+        recipe: Name of the recipe.
+        arguments: Of the recipe, which ``config.yaml`` keeps.
+        weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
+        resolution: Height and width of the input in pixels.
+        epochs: Passes over the training split.
+        batch_size: Samples per step.
+        seed: Of the fresh classifier, the order of the samples and their augmentation.
+        scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits the
+            microcontroller) or full; none trains everything with batch norm, which no microcontroller does.
+        mcu: Microcontroller that a training step must fit.
+        network: Its architecture.
+        width: Multiplier of its channels.
+        head_convolution: Whether the network has its last 1x1 convolution.
+        learning_rate: At its highest; by default 0.1 / 256 x samples per step with SGD (Lin et al. 2022), 0.001 with
+            AdamW.
+        optimizer: sgd or adamw.
+        momentum: Of SGD; anything but 0 needs optimizer state.
+        weight_decay: Of weights, not of biases and norms.
+        label_smoothing: Of the loss.
+        warmup_fraction: Part of all steps in which the learning rate rises; then it falls to zero as a cosine.
+        accumulate_batches: Batches whose gradients are summed before a step.
+        gradient_clip_norm: Largest norm of the gradient.
+        channel_choice: How a layer's updated channels are chosen: weight_norm or random.
+        method: sub_tensor computes and stores only what is updated, mask is the textbook version.
+        sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
+        flash_bytes: Flash, likewise.
+        reserve_bytes: SRAM that is not for training, likewise.
+        allow_oversize: Train although the scheme does not fit.
+        accelerator: As Lightning's Trainer takes it.
+        devices: Number of devices, or auto.
+        strategy: As Lightning's Trainer takes it, such as ddp.
+        precision: As Lightning's Trainer takes it, such as bf16-mixed.
+        logger: wandb (offline unless you are logged in), csv or none; metrics are kept as CSV in any case.
+        out_dir: The run's folder; by default a new one below runs/.
+        resume: Go on with the run in out_dir after its last finished epoch.
+    """
+    started = time.monotonic()
+    data.prepare_data()
+    data.setup()
+    device = microcontroller(None if sram_bytes and mcu is None else mcu, sram_bytes, flash_bytes, reserve_bytes)
+    padding = padding_of_weights(weights)
+    described = describe_network(width, resolution, data.num_classes, data.in_channels, head_convolution, padding)
+    peak_memory = PeakMemory(
+        described.operations,
+        optimizer_state="adam" if optimizer == "adamw" else "momentum" if momentum else "none",
+        gradient_accumulation=accumulate_batches > 1,
+    )
+    update_scheme = None if scheme == "none" else scheme_by_name_or_file(scheme, described, peak_memory, device)
+    if update_scheme is not None and not allow_oversize:
+        remedy = "or give --allow_oversize to train anyway"
+        refuse_oversize(peak_memory, update_scheme, device, described.network, remedy)
+
+    seed_everything(seed, verbose=False)
+    default_rate = 1e-3 if optimizer == "adamw" else 0.1 / 256 * batch_size * accumulate_batches
+    module = Classifier(
+        {**described.arguments, "folded": update_scheme is not None},
+        learning_rate=default_rate if learning_rate is None else learning_rate,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        warmup_fraction=warmup_fraction,
+        label_smoothing=label_smoothing,
+    )
+    load_pretrained(module, weights, described.input_shape)
+
+    out_dir = open_run_folder(out_dir, recipe, resume)
+    memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
+    loggers = make_loggers(logger, out_dir, recipe)
+    log_run_start(wandb_run(loggers), plain(arguments), update_scheme, memory, out_dir)
+    callbacks = [ModelCheckpoint(out_dir, "last", save_on_train_epoch_end=True, enable_version_counter=False)]
+    if update_scheme is not None:
+        callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        precision=precision,
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate_batches,
+        gradient_clip_val=gradient_clip_norm,
+        logger=loggers,
+        log_every_n_steps=10,
+        callbacks=callbacks,
+        enable_model_summary=False,
+    )
+    checkpoint = out_dir / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=str(checkpoint) if resume and checkpoint.exists() else None)
+
+    report = evaluate(trainer, module, data) | memory
+    report |= {"epochs": epochs, "batch_size": batch_size, "seed": seed, "seconds": time.monotonic() - started}
+    if rank_zero_only.rank == 0:
+        log_run_end(wandb_run(loggers), report, module.test_confusion, data.class_names)
+        write_json(out_dir / "report.json", report)
+        print_result(report, out_dir)
+    return report
+
+
+def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, int, int]) -> None:
+    """Loads weights into the module's network, folding their batch norm if the network's is folded."""
+    network = module.hparams.network
+    if weights == "none":
+        return
+    if network["folded"] == weights_are_folded(weights):
+        load_weights(module.net, weights)
+        return
+    unfolded = build_network(**{**network, "folded": False})
+    load_weights(unfolded, weights)
+    module.net.load_state_dict(fold_batch_norm(unfolded, input_shape).state_dict())
+
+
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as values that YAML and Weights & Biases take."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+
+
+def keep_run_start(
+    out_dir: Path,
+    arguments: dict[str, Any],
+    scheme: UpdateScheme | None,
+    peak_memory: PeakMemory,
+    device: Microcontroller,
+) -> dict[str, Any]:
+    """Writes what the run is: its arguments, its scheme and the picture of its memory; returns the memory figures."""
+    if rank_zero_only.rank == 0:
+        with whole_file(out_dir / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump(plain(arguments), sort_keys=False), encoding="utf-8")
+    if scheme is None:
+        return {}
+    if rank_zero_only.rank == 0:
+        scheme.save(out_dir / "scheme.json")
+        matplotlib.use("Agg")
+        title = f"One training step of {scheme.network}"
+        draw_memory(peak_memory.timeline(scheme), device, title, out_dir / "memory.png")
+    return memory_figures(peak_memory, scheme, device)
+
+
+def evaluate(trainer: Trainer, module: Classifier, data: LightningDataModule) -> dict[str, Any]:
+    """Measures on the validation split, and once, at the end, on the test split."""
+    validated = trainer.validate(module, data, verbose=False)[0]
+    tested = trainer.test(module, data, verbose=False)[0]
+    report = {"top1": tested["test/top1"], "val_top1": validated["val/top1"], "loss": tested["test/loss"]}
+    if "test/top5" in tested:
+        report["top5"] = tested["test/top5"]
+    sizes = {name: getattr(data, name) for name in ("train_samples", "val_samples", "test_samples")}
+    return report | sizes | {"classes": data.num_classes}
+
+
+def print_result(report: dict[str, Any], out_dir: Path) -> None:
+    """Prints what came out, and where it lies."""
+    print(f"top-1 on the test split: {report['top1']:.2%} of {report['test_samples']:,} samples")
+    if "peak_memory_bytes" in report:
+        verdict = "fits" if report["fits"] else "does not fit"
+        print(
+            f"one training step (batch 1, int8): peak {report['peak_memory_bytes'] / KIB:.1f} KiB, {verdict} "
+            f"{report['mcu']} with {report['budget_bytes'] / KIB:.1f} KiB; "
+            f"extra memory {report['extra_memory_bytes'] / KIB:.1f} KiB"
+        )
+    print(f"results: {out_dir / 'report.json'}")

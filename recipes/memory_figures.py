@@ -1,0 +1,147 @@
+"""What a scheme needs in memory, whether that fits a microcontroller, and the picture of it."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from torch import nn
+
+from microtune.modules.microcontrollers import Fit, Microcontroller
+from microtune.modules.peak_memory import CATEGORIES, PeakMemory, Timeline, largest_resolution_that_fits
+from microtune.modules.training_memory import (
+    autograd_bytes_per_sample,
+    extra_memory_bytes,
+    extra_memory_per_layer,
+    flash_bytes,
+    multiply_accumulates,
+)
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+from microtune.modules.whole_files import whole_file
+
+KIB = 1024
+
+
+def scheme_fits(peak_memory: PeakMemory, scheme: UpdateScheme, microcontroller: Microcontroller) -> bool:
+    """Whether one training step under the scheme fits the microcontroller."""
+    return fit_of(peak_memory, scheme, microcontroller).fits
+
+
+def fit_of(peak_memory: PeakMemory, scheme: UpdateScheme, microcontroller: Microcontroller) -> Fit:
+    """What one training step under the scheme needs, beside what the microcontroller has."""
+    return Fit(microcontroller, peak_memory.peak_bytes(scheme), flash_bytes(peak_memory.operations, scheme))
+
+
+def memory_figures(
+    peak_memory: PeakMemory, scheme: UpdateScheme, microcontroller: Microcontroller
+) -> dict[str, str | int | float | bool | None]:
+    """Both accounts of memory and the work of one step, as plain values for a report."""
+    operations = peak_memory.operations
+    fit = fit_of(peak_memory, scheme, microcontroller)
+    unordered = PeakMemory(
+        operations,
+        optimizer_state=peak_memory.optimizer_state,
+        reordering=False,
+        gradient_accumulation=peak_memory.gradient_accumulation,
+        depthwise_in_place=peak_memory.depthwise_in_place,
+        gradient_bytes=peak_memory.gradient_bytes,
+    )
+    work = multiply_accumulates(operations, scheme)
+    return {
+        "mcu": microcontroller.name,
+        "budget_bytes": microcontroller.budget_bytes,
+        "fits": fit.fits,
+        "extra_memory_bytes": extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme),
+        "peak_memory_bytes": fit.peak_bytes,
+        "peak_memory_bytes_without_reordering": unordered.peak_bytes(scheme),
+        "forward_only_bytes": peak_memory.floor_bytes,
+        "sram_margin_bytes": fit.sram_margin_bytes,
+        "flash_bytes": fit.flash_bytes,
+        "flash_margin_bytes": fit.flash_margin_bytes,
+        "autograd_bytes_per_sample": autograd_bytes_per_sample(operations, scheme),
+        "forward_macs": work.forward,
+        "backward_macs": work.backward,
+    }
+
+
+def refuse_oversize(
+    peak_memory: PeakMemory, scheme: UpdateScheme, microcontroller: Microcontroller, network: nn.Module, remedy: str
+) -> None:
+    """Raises ``UserError`` if the step does not fit: what it needs, what there is, what costs most, what would do."""
+    fit = fit_of(peak_memory, scheme, microcontroller)
+    if fit.fits:
+        return
+    if fit.flash_margin_bytes is not None and fit.flash_margin_bytes < 0:
+        raise UserError(
+            f"the frozen weights need {_kib(fit.flash_bytes)} of flash, but {microcontroller.name} has "
+            f"{_kib(microcontroller.flash_bytes)}: take a narrower network or another microcontroller; {remedy}"
+        )
+    needs = (
+        f"one training step needs {_kib(fit.peak_bytes)} at its peak ({highest_moment(peak_memory.timeline(scheme))}), "
+        f"but {microcontroller.name} has {_kib(microcontroller.budget_bytes)} "
+        f"({_kib(microcontroller.sram_bytes)} less a reserve of {_kib(microcontroller.reserve_bytes)})"
+    )
+    if peak_memory.floor_bytes > microcontroller.budget_bytes:
+        raise UserError(f"{needs}; {what_would_fit(peak_memory, microcontroller, network)}; {remedy}")
+    layers = sorted(extra_memory_per_layer(peak_memory.operations.convolutions, scheme), key=lambda x: -x.total_bytes)
+    costly = ", ".join(f"{layer.name} ({_kib(layer.total_bytes)})" for layer in layers[:3])
+    raise UserError(
+        f"{needs}; the smallest scheme, the classifier only, needs {_kib(peak_memory.floor_bytes)}; most of the extra "
+        f"memory goes to {costly}: update fewer channels or layers; {remedy}"
+    )
+
+
+def what_would_fit(peak_memory: PeakMemory, microcontroller: Microcontroller, network: nn.Module) -> str:
+    """Where the classifier's update alone does not fit: the largest resolution at which it would."""
+    channels, resolution, _ = peak_memory.operations.tensors[0]
+    largest = largest_resolution_that_fits(network, channels, microcontroller, below=resolution)
+    floor = f"even the classifier alone needs {_kib(peak_memory.floor_bytes)} at {resolution} px"
+    if largest is None:
+        return f"{floor}, and no smaller resolution would do: take a narrower network"
+    return f"{floor}; the largest resolution that fits is {largest} px: give --resolution {largest}"
+
+
+def highest_moment(timeline: Timeline) -> str:
+    """Name of the moment with the most bytes alive."""
+    return timeline.moments[int(timeline.total_bytes.argmax())]
+
+
+def _kib(size_bytes: float) -> str:
+    return f"{size_bytes / KIB:.1f} KiB"
+
+
+def draw_memory(timeline: Timeline, microcontroller: Microcontroller, title: str, path: Path | str) -> None:
+    """Draws the bytes alive over the operations of one training step, with the budget as a line, as a PNG."""
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+    moments = range(len(timeline.moments))
+    colors = plt.get_cmap("tab10").colors
+    series = [timeline.bytes_of_category[category] / KIB for category in CATEGORIES]
+    shown = [
+        (name, values, color) for name, values, color in zip(CATEGORIES, series, colors, strict=False) if any(values)
+    ]
+    axes.stackplot(
+        moments,
+        [values for _, values, _ in shown],
+        labels=[name for name, _, _ in shown],
+        colors=[color for _, _, color in shown],
+        step="mid",
+    )
+    budget_kib = microcontroller.budget_bytes / KIB
+    axes.axhline(
+        budget_kib, color="black", linestyle="--", label=f"budget of {microcontroller.name}: {budget_kib:.0f} KiB"
+    )
+    forward = sum(name.endswith("forward") for name in timeline.moments)
+    axes.axvline(forward - 0.5, color="grey", linewidth=0.8)
+    for x, label in ((forward / 2, "forward"), ((forward + len(timeline.moments)) / 2, "backward")):
+        axes.text(x, 0.99, label, transform=axes.get_xaxis_transform(), ha="center", va="top", color="grey")
+    highest = int(timeline.total_bytes.argmax())
+    peak_kib = timeline.total_bytes[highest] / KIB
+    axes.annotate(
+        f"peak {peak_kib:.1f} KiB\n{timeline.moments[highest]}", (highest, peak_kib), xytext=(8, 4),
+        textcoords="offset points", fontsize=8,
+    )  # fmt: skip
+    axes.set(xlabel="operation", ylabel="bytes alive, KiB", title=title, xlim=(0, len(timeline.moments) - 1))
+    axes.set_ylim(0, 1.2 * max(peak_kib, budget_kib))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,119 @@
+"""The folder that a run writes, and its loggers."""
+
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import wandb
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+
+LoggerName = Literal["wandb", "csv", "none"]
+
+
+def open_run_folder(out_dir: Path | None, recipe: str, resume: bool) -> Path:
+    """Makes the folder of a new run, or finds that of a run to go on with.
+
+    Args:
+        out_dir: The folder; by default a new one ``runs/<recipe>/<date-time>``.
+        recipe: Name of the recipe.
+        resume: Whether to go on with the run in ``out_dir``.
+
+    Raises:
+        UserError: A new run's folder is not empty, or there is nothing to resume, or it is finished.
+    """
+    if resume:
+        if out_dir is None:
+            raise UserError("--resume goes on with the run in a folder: give it with --out_dir")
+        if (out_dir / "report.json").exists():
+            raise UserError(f"the run in {out_dir} is finished: its results are in {out_dir / 'report.json'}")
+        if not (out_dir / "config.yaml").exists():
+            raise UserError(f"there is no run in {out_dir}: start it without --resume")
+        return out_dir
+    out_dir = out_dir or Path("runs") / recipe / time.strftime("%Y%m%d-%H%M%S")
+    # under DDP the other processes start when the first has already written
+    if rank_zero_only.rank == 0 and out_dir.exists() and any(out_dir.iterdir()):
+        raise UserError(f"{out_dir} is not empty: give another --out_dir, or --resume to go on with the run in it")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return out_dir
+
+
+def make_loggers(name: LoggerName, out_dir: Path, recipe: str) -> list[Logger]:
+    """The CSV logger, which every run has, and Weights & Biases: online where the user is logged in, else offline.
+
+    Nothing is asked. A resumed run goes on under its Weights & Biases id, and its metrics are in the next
+    ``metrics/version_<n>/metrics.csv``.
+    """
+    loggers: list[Logger] = [CSVLogger(out_dir, name="metrics")]
+    if name == "wandb":
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not wandb.login(prompt=False)
+        id_file = out_dir / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        loggers.append(
+            WandbLogger(
+                project="microtune",
+                name=f"{recipe}/{out_dir.name}",
+                save_dir=out_dir,
+                id=id_file.read_text(),
+                # not Lightning's offline=True, which sets a variable that wandb has read by now
+                mode="offline" if offline else "online",
+                resume="allow",
+            )
+        )
+    return loggers
+
+
+def wandb_run(loggers: list[Logger]) -> "wandb.Run | None":
+    """The open Weights & Biases run, in the process that logs; else none."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+            return logger.experiment
+    return None
+
+
+def log_run_start(
+    run: "wandb.Run | None",
+    arguments: dict[str, Any],
+    scheme: UpdateScheme | None,
+    memory: dict[str, Any],
+    out_dir: Path,
+) -> None:
+    """Logs the arguments, the scheme, the MCU and the memory figures as config, and the scheme as an artifact."""
+    if run is None:
+        return
+    run.config.update({"arguments": arguments, "memory": memory}, allow_val_change=True)
+    if scheme is not None:
+        run.config.update({"scheme": scheme.to_dict()}, allow_val_change=True)
+        artifact = wandb.Artifact(f"update-scheme-{run.id}", type="update-scheme", metadata=scheme.to_dict())
+        artifact.add_file(str(out_dir / "scheme.json"))
+        run.log_artifact(artifact)
+        run.log({"memory": wandb.Image(str(out_dir / "memory.png"))})
+
+
+def log_run_end(
+    run: "wandb.Run | None", report: dict[str, Any], confusion: torch.Tensor, class_names: list[str]
+) -> None:
+    """Logs the results as the run's summary, and the confusion matrix."""
+    if run is None:
+        return
+    run.summary.update({key: value for key, value in report.items() if isinstance(value, int | float)})
+    rows = [
+        [class_names[actual], class_names[predicted], int(count)]
+        for actual, counts in enumerate(confusion)
+        for predicted, count in enumerate(counts)
+    ]
+    columns = ["Actual", "Predicted", "nPredictions"]
+    table = wandb.Table(columns=columns, data=rows)
+    matrix = wandb.plot_table("wandb/confusion_matrix/v1", table, dict(zip(columns, columns, strict=True)))
+    run.log({"test/confusion_matrix": matrix})
+    wandb.finish()

@@ -1,0 +1,61 @@
+"""Fine-tunes MobileNetV2 on CIFAR-10 or CIFAR-100 under an update scheme that fits a microcontroller.
+
+uv run recipes/train_cifar.py --data_dir data --download --weights mobilenet_v2_w035.h5 --mcu stm32f746
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from microtune.datamodules.cifar import CIFAR
+from microtune.modules.mobilenet_v2 import NORMALIZATION, padding_of_weights
+from microtune.recipes.command_line import run
+from microtune.recipes.fine_tuning import fine_tune
+
+
+def main(
+    data_dir: Path = Path("data"),
+    classes: Literal[10, 100] = 10,
+    download: bool = False,
+    weights: str = "none",
+    resolution: int = 96,
+    epochs: int = 10,
+    batch_size: int = 32,
+    seed: int = 0,
+    num_workers: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Fine-tunes MobileNetV2 on CIFAR-10 or CIFAR-100 under an update scheme that fits a microcontroller.
+
+    Args:
+        data_dir: Folder that holds cifar-10-batches-py or cifar-100-python.
+        classes: 10 or 100.
+        download: Fetch the data where it is missing.
+        weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
+        resolution: Height and width of the input in pixels; the 32 px images are enlarged.
+        epochs: Passes over the training split.
+        batch_size: Samples per step.
+        seed: Of the fresh classifier, the order of the samples and their augmentation.
+        num_workers: Processes that load the data.
+    """
+    arguments = {**locals(), **options}
+    arguments.pop("options")
+    normalization = NORMALIZATION[padding_of_weights(weights)]
+    data = CIFAR(
+        data_dir, classes, resolution, batch_size, seed, normalization=normalization, download=download,
+        num_workers=num_workers,
+    )  # fmt: skip
+    return fine_tune(
+        data,
+        "train_cifar",
+        arguments,
+        weights=weights,
+        resolution=resolution,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
