@@ -1,0 +1,222 @@
+"""The whole story in minutes, on data that needs no download: which updates fit a microcontroller, and what they buy.
+
+    uv run recipes/quickstart.py
+
+A small MobileNetV2 is trained on the digits 0 to 4, then adapted to 5 to 9, which it has never seen, as a device would
+be: by updating the classifier only, the biases only, the last layers that fit, a sub-tensor scheme that fits, and
+everything. Needs no network, no account and no GPU.
+"""
+
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+import wandb
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from microtune.callbacks.sparse_update import SparseUpdate
+from microtune.datamodules.digits import Digits
+from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.classifier import Classifier
+from microtune.modules.microcontrollers import microcontroller
+from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.saved_for_backward import measure_saved_bytes
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.whole_files import whole_file, write_json
+from microtune.recipes.benchmark_step import interleaved_seconds, prepared, training_step
+from microtune.recipes.command_line import run
+from microtune.recipes.memory_figures import KIB, memory_figures
+from microtune.recipes.networks import NAMED_SCHEMES, DescribedNetwork, describe_network, scheme_by_name_or_file
+from microtune.recipes.run_folder import LoggerName, make_loggers, open_run_folder, wandb_run
+
+KNOWN_DIGITS, NEW_DIGITS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+WIDTH, RESOLUTION = 0.35, 32
+PRETRAINING_EPOCHS = 20
+ADAPTATION_EPOCHS = 10
+BATCH_SIZE = 16
+LEARNING_RATE = 0.05  # the highest of 0.0125, 0.025, 0.05, 0.1 at which every method learns, on the validation split
+
+
+def main(
+    mcu: str = "rp2040", seeds: int = 3, logger: LoggerName = "wandb", out_dir: Path | None = None
+) -> dict[str, Any]:
+    """The whole story in minutes, on data that needs no download: which updates fit an MCU, and what they buy.
+
+    Args:
+        mcu: Microcontroller that the updates shall fit.
+        seeds: How often each adaptation is repeated, with another fresh classifier and order of samples.
+        logger: wandb (offline unless you are logged in), csv or none.
+        out_dir: Folder for the report; by default a new one below runs/.
+    """
+    started = time.monotonic()
+    device = microcontroller(mcu)
+    out_dir = open_run_folder(out_dir, "quickstart", resume=False)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    described = describe_network(WIDTH, RESOLUTION, len(NEW_DIGITS), 1, head_convolution=False)
+    peak_memory = PeakMemory(described.operations)
+    schemes = {name: scheme_by_name_or_file(name, described, peak_memory, device) for name in NAMED_SCHEMES}
+    console = Console()
+    with Progress(console=console) as progress:
+        task = progress.add_task("training on the digits 0 to 4", total=PRETRAINING_EPOCHS)
+        pretrained = pretrain(lambda: progress.advance(task))
+        task = progress.add_task("adapting to the digits 5 to 9", total=seeds * len(schemes))
+        top1: dict[str, list[float]] = {name: [] for name in schemes}
+        for seed in range(seeds):
+            for name, scheme in schemes.items():
+                top1[name].append(adapt(described, pretrained, None if name == "full" else scheme, seed))
+                progress.advance(task)
+        task = progress.add_task("measuring one training step", total=1)
+        measured = measure_steps(described, schemes)
+        progress.advance(task)
+
+    methods = {}
+    for name, scheme in schemes.items():
+        figures = memory_figures(peak_memory, scheme, device)
+        methods[name] = {
+            "top1_mean": statistics.mean(top1[name]),
+            "top1_std": statistics.stdev(top1[name]) if seeds > 1 else 0.0,
+            **{key: figures[key] for key in ("extra_memory_bytes", "peak_memory_bytes", "fits")},
+            **measured[name],
+        }
+        scheme.save(out_dir / f"scheme_{name}.json")
+    report = {"mcu": mcu, "budget_bytes": device.budget_bytes, "seeds": seeds, "methods": methods}
+    write_json(out_dir / "report.json", report)
+    draw_accuracy_over_memory(report, out_dir / "report.png")
+    log_to_wandb(logger, report, out_dir)
+    console.print(table_of(report))
+    console.print(
+        f"{mcu} has {device.budget_bytes / KIB:.0f} KiB for a training step; peak and extra memory are MCU bytes "
+        f"(int8, batch 1), 'saved' is what PyTorch kept (fp32)"
+    )
+    console.print(f"done in {time.monotonic() - started:.0f} s; table, picture and schemes: {out_dir}")
+    return report
+
+
+def pretrain(on_epoch_end: Callable[[], None]) -> dict[str, torch.Tensor]:
+    """Trains a network with batch norm on the known digits; returns its state with batch norm folded."""
+    seed_everything(0, verbose=False)
+    network = {"width": WIDTH, "num_classes": len(KNOWN_DIGITS), "in_channels": 1}
+    module = Classifier(network, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01)
+    data = Digits(KNOWN_DIGITS, RESOLUTION, batch_size=32, augment=True)
+    quiet_trainer(PRETRAINING_EPOCHS, LambdaCallback(on_train_epoch_end=lambda *_: on_epoch_end())).fit(module, data)
+    return fold_batch_norm(module.net, (1, RESOLUTION, RESOLUTION)).state_dict()
+
+
+def adapt(
+    described: DescribedNetwork, pretrained: dict[str, torch.Tensor], scheme: UpdateScheme | None, seed: int
+) -> float:
+    """Trains on the new digits from the pretrained network; returns the accuracy on their test images.
+
+    Args:
+        described: The network.
+        pretrained: Its state, trained on the known digits.
+        scheme: What is updated; everything without one.
+        seed: Of the fresh classifier and the order of the samples.
+    """
+    seed_everything(seed, verbose=False)
+    module = Classifier(described.arguments, learning_rate=LEARNING_RATE)
+    fresh = {name: value for name, value in module.net.state_dict().items() if name.startswith("classifier")}
+    module.net.load_state_dict(pretrained | fresh)
+    data = Digits(NEW_DIGITS, RESOLUTION, BATCH_SIZE, seed, augment=True)
+    callbacks = [] if scheme is None else [SparseUpdate(scheme, input_shape=described.input_shape)]
+    trainer = quiet_trainer(ADAPTATION_EPOCHS, *callbacks)
+    trainer.fit(module, data)
+    return trainer.test(module, data, verbose=False)[0]["test/top1"]
+
+
+def quiet_trainer(epochs: int, *callbacks: Callback) -> Trainer:
+    """A Trainer on the CPU that prints and writes nothing."""
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+
+
+def measure_steps(described: DescribedNetwork, schemes: dict[str, UpdateScheme]) -> dict[str, dict[str, float]]:
+    """What PyTorch saves for backward per sample, and the median time of a step, of every method."""
+    samples = torch.randn(BATCH_SIZE, *described.input_shape).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(len(NEW_DIGITS), (BATCH_SIZE,))
+    plain = described.network.to(memory_format=torch.channels_last)
+    saved, steps = {}, {}
+    for name, scheme in schemes.items():
+        method = "full" if name == "full" else "sub_tensor"
+        network, restore_frozen = prepared(plain, scheme, described.operations, method)
+        saved[name] = measure_saved_bytes(network, samples) / BATCH_SIZE
+        steps[name] = training_step(network, restore_frozen, samples, labels)
+    seconds = interleaved_seconds(steps, rounds=20, show_progress=False)
+    return {
+        name: {"autograd_bytes_per_sample": saved[name], "step_seconds": statistics.median(seconds[name])}
+        for name in schemes
+    }
+
+
+def table_of(report: dict[str, Any]) -> Table:
+    """One row per method."""
+    table = Table(title=f"Adapting to new digits, {report['seeds']} seeds")
+    table.add_column("updated")
+    for name in ("top-1, %", "extra, KiB", "peak, KiB", "fits", "saved, KiB", "step, ms"):
+        table.add_column(name, justify="right")
+    for name, row in report["methods"].items():
+        table.add_row(
+            name,
+            f"{row['top1_mean'] * 100:.1f} ± {row['top1_std'] * 100:.1f}",
+            f"{row['extra_memory_bytes'] / KIB:.1f}",
+            f"{row['peak_memory_bytes'] / KIB:.1f}",
+            "yes" if row["fits"] else "no",
+            f"{row['autograd_bytes_per_sample'] / KIB:.1f}",
+            f"{row['step_seconds'] * 1e3:.1f}",
+        )
+    return table
+
+
+def draw_accuracy_over_memory(report: dict[str, Any], path: Path) -> None:
+    """Draws top-1 over peak memory, with the microcontroller's budget as a line, as a PNG."""
+    matplotlib.use("Agg")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, row in report["methods"].items():
+        x, y = row["peak_memory_bytes"] / KIB, row["top1_mean"] * 100
+        axes.errorbar(x, y, yerr=row["top1_std"] * 100, fmt="o" if row["fits"] else "x", capsize=3)
+        axes.annotate(name, (x, y), xytext=(6, -12), textcoords="offset points", fontsize=9)
+    budget_kib = report["budget_bytes"] / KIB
+    axes.axvline(budget_kib, color="black", linestyle="--")
+    axes.text(budget_kib, 0.02, f" budget of {report['mcu']}", transform=axes.get_xaxis_transform(), fontsize=8)
+    axes.set(xlabel="peak memory of one training step, KiB", ylabel="top-1 on new digits, %")
+    axes.set_xlim(0, 1.15 * max(budget_kib, *(row["peak_memory_bytes"] / KIB for row in report["methods"].values())))
+    axes.set_title(f"Adapting to new digits, mean and deviation of {report['seeds']} seeds")
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+    plt.close(figure)
+
+
+def log_to_wandb(logger: LoggerName, report: dict[str, Any], out_dir: Path) -> None:
+    """Logs the table and the picture as one run."""
+    experiment = wandb_run(make_loggers(logger, out_dir, "quickstart"))
+    if experiment is None:
+        return
+    columns = ["method", *next(iter(report["methods"].values()))]
+    rows = [[name, *row.values()] for name, row in report["methods"].items()]
+    experiment.config.update({key: value for key, value in report.items() if key != "methods"})
+    experiment.log({"methods": wandb.Table(columns, rows), "report": wandb.Image(str(out_dir / "report.png"))})
+    wandb.finish()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,63 @@
+"""Fine-tunes MobileNetV2 on any folder of image classes under an update scheme that fits a microcontroller.
+
+uv run recipes/train_image_folder.py --data_dir flowers --weights mobilenet_v2_w035.h5 --mcu stm32f746
+"""
+
+from pathlib import Path
+from typing import Any
+
+from microtune.datamodules.image_folder import ImageFolder
+from microtune.modules.mobilenet_v2 import NORMALIZATION, padding_of_weights
+from microtune.recipes.command_line import run
+from microtune.recipes.fine_tuning import fine_tune
+
+
+def main(
+    data_dir: Path,
+    weights: str = "none",
+    resolution: int = 96,
+    epochs: int = 20,
+    batch_size: int = 32,
+    seed: int = 0,
+    num_workers: int = 2,
+    skip_broken: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Fine-tunes MobileNetV2 on any folder of image classes under an update scheme that fits a microcontroller.
+
+    Args:
+        data_dir: A folder per class with its images; or train/ and test/ (or val/) with a folder per class in each.
+        weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
+        resolution: Height and width of the input in pixels.
+        epochs: Passes over the training split.
+        batch_size: Samples per step.
+        seed: Of the fresh classifier, the order of the samples and their augmentation.
+        num_workers: Processes that load the data.
+        skip_broken: Leave out files that are no images, and say how many.
+    """
+    arguments = {**locals(), **options}
+    arguments.pop("options")
+    data = ImageFolder(
+        data_dir,
+        resolution,
+        batch_size,
+        seed,
+        normalization=NORMALIZATION[padding_of_weights(weights)],
+        num_workers=num_workers,
+        skip_broken=skip_broken,
+    )
+    return fine_tune(
+        data,
+        "train_image_folder",
+        arguments,
+        weights=weights,
+        resolution=resolution,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
