@@ -15,13 +15,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-from microtune.datamodules.reproducible_order import (
-    ImagesInMemory,
-    Normalization,
-    check_image_arguments,
-    data_loader,
-    stratified_split,
-)
+from microtune.datamodules.images_in_memory import ImagesInMemory, Normalization, check_image_arguments
+from microtune.datamodules.reproducible_order import data_loader, stratified_split
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from microtune.datamodules.images_in_memory import Normalization, check_image_arguments, normalized
 from microtune.datamodules.reproducible_order import (
     Key,
-    Normalization,
-    check_image_arguments,
     data_loader,
     epochs_and_indices,
-    normalized,
     seeded_torch,
     stratified_split,
 )

@@ -7,17 +7,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from microtune.datamodules.digits import Digits
+from microtune.datamodules.images_in_memory import ImagesInMemory, check_image_arguments, normalized, shifted
 from microtune.datamodules.reproducible_order import (
-    ImagesInMemory,
     ReproducibleOrder,
-    check_image_arguments,
     data_loader,
     epochs_and_indices,
-    normalized,
     random_bits,
     random_fractions,
     seeded_torch,
-    shifted,
     stratified_split,
 )
 from microtune.modules.user_error import UserError
