@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -38,9 +38,10 @@ class SparseUpdate(Callback):
             LightningModule's ``example_input_array``, else the first convolution's channels at 224 x 224.
 
     Raises:
-        UserError: The network has batch norm, is built in ``configure_model``, or does not suit the scheme; a weight
-            averaging callback stands before this one; the strategy shards parameters; an optimizer misses a
-            trainable parameter or has one twice; a checkpoint was made under another scheme.
+        UserError: An argument has no such value; the network has batch norm, is built in ``configure_model``, or does
+            not suit the scheme; a weight averaging callback stands before this one; the strategy shards parameters;
+            an optimizer misses a trainable parameter or has one twice; a checkpoint was made under another scheme or
+            with another method.
 
     Example::
 
@@ -57,6 +58,12 @@ class SparseUpdate(Callback):
         seed: int = 0,
         input_shape: tuple[int, int, int] | None = None,
     ):
+        for name, value, known in (
+            ("method", method, get_args(Method)),
+            ("channel_choice", channel_choice, get_args(ChannelChoice)),
+        ):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}: give one of {', '.join(known)}")
         self.scheme = scheme if isinstance(scheme, UpdateScheme) else UpdateScheme.load(scheme)
         self.network = network
         self.method = method

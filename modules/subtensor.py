@@ -197,7 +197,8 @@ class _MaskedClamp(torch.autograd.Function):
     def forward(ctx, x, upper, inplace):
         if inplace:
             ctx.mark_dirty(x)
-            output = x.clamp_(0, upper)
+            x.clamp_(0, upper)
+            output = x  # torch.compile wants the input itself, and breaks its graph at clamp_'s result
         else:
             output = x.clamp(0, upper)
         # not two comparisons and an "and": converting to bool is several times faster than comparing
