@@ -149,9 +149,9 @@ class SparseUpdate(Callback):
             f"SparseUpdate trains {trained:,} parameters: the classifier, {self.scheme.bias_depth} of "
             f"{len(operations.convolutions)} biases, {len(self.channels)} weights in part or whole"
         )
-        if self.method == "sub_tensor" and self.applied.masked_layers:
-            names = ", ".join(self.applied.masked_layers)
-            log.warning("no sub-tensor version of %s: its whole weight gradient is computed and masked", names)
+        if self.applied.plain_layers:
+            names = ", ".join(self.applied.plain_layers)
+            log.warning("no sub-tensor version of %s: the whole input is stored, the whole gradient computed", names)
 
 
 def find_network(pl_module: LightningModule, path: str) -> nn.Module:

@@ -31,6 +31,8 @@ class AppliedScheme:
 
     Attributes:
         masked_layers: Names of the layers whose weight gradient is masked.
+        plain_layers: Names of the layers that have no sub-tensor version although one was asked for; PyTorch keeps
+            their whole input.
 
     Raises:
         UserError: The network has batch norm, or the scheme does not suit it.
@@ -55,6 +57,7 @@ class AppliedScheme:
         self.network = network
         self.channels = channels
         self.masked_layers: list[str] = []
+        self.plain_layers: list[str] = []
         self._masks: dict[str, _GradientMask] = {}
         self._gradient_flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
         for parameter in network.parameters():
@@ -81,6 +84,8 @@ class AppliedScheme:
                 if module is layer:
                     self.network.set_submodule(other, replacement)
             return
+        if method == "sub_tensor" and not is_whole:
+            self.plain_layers.append(name)
         if layer.bias is not None:
             layer.bias.requires_grad_(True)
         layer.weight.requires_grad_(bool(channels))

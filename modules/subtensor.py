@@ -65,21 +65,21 @@ class SubTensorConv2d(nn.Module):
             self.write_slice()
         self.channels = list(channels)
         index = torch.tensor(self.channels, dtype=torch.long, device=self.weight.device)
+        group_channels = self.weight.shape[1]
         # buffers move with the module to its device, but are no part of its state
         self.register_buffer("channel_index", index, persistent=False)
+        self.register_buffer("group_index", index // group_channels, persistent=False)
+        self.register_buffer("index_in_group", index % group_channels, persistent=False)
         self.weight_slice = nn.Parameter(self._read_slice(self.weight)) if channels else None
 
-    def _index(self) -> tuple[Tensor, Tensor]:
-        group_channels = self.weight.shape[1]
-        return self.channel_index // group_channels, self.channel_index % group_channels
-
     def _read_slice(self, weight: Tensor) -> Tensor:
-        return by_input_channel(weight.detach(), self.groups)[self._index()]
+        return by_input_channel(weight.detach(), self.groups)[self.group_index, self.index_in_group]
 
     def write_slice(self) -> None:
         """Writes the trained slice into the full weight."""
         if self.weight_slice is not None:
-            by_input_channel(self.weight.detach(), self.groups)[self._index()] = self.weight_slice.detach()
+            weight = by_input_channel(self.weight.detach(), self.groups)
+            weight[self.group_index, self.index_in_group] = self.weight_slice.detach()
 
     def plain(self) -> nn.Conv2d:
         """The ``nn.Conv2d`` that this layer replaced, with the weights trained."""

@@ -631,7 +631,7 @@ def test_layers_without_a_sub_tensor_version_are_masked_and_named(caplog):
     with caplog.at_level(logging.WARNING):
         trainer(callback, max_epochs=5).fit(module, batches())
     assert [record.getMessage() for record in caplog.records if "microtune" in record.name] == [
-        "no sub-tensor version of head.0: its whole weight gradient is computed and masked"
+        "no sub-tensor version of head.0: the whole input is stored, the whole gradient computed"
     ]
     assert module.net.head[0] is head
     assert_only_the_scheme_was_trained(before, module.net.state_dict(), callback.channels)
@@ -695,8 +695,8 @@ def test_processes_take_the_first_ones_weights_and_channels(two_processes, metho
 
 
 def test_frozen_weights_do_not_travel_between_processes(two_processes):
-    """Buffers are sent before every step: there is none but the indexes of 4 + 4 + 4 channels."""
-    assert two_processes["sub_tensor"][0]["buffer_elements"] == 12
+    """Buffers are sent before every step: there are none but three indexes of each of 4 + 4 + 4 channels."""
+    assert two_processes["sub_tensor"][0]["buffer_elements"] == 36
     assert two_processes["mask"][0]["buffer_elements"] == 0
 
 
