@@ -152,7 +152,8 @@ def padding_of_weights(source: str | Path) -> Padding:
     suffix = Path(source).suffix
     if suffix != ".ckpt":
         return "keras" if suffix in KERAS_SUFFIXES else "symmetric"
-    padding = _described_network(source).get("padding")
+    network = _described_network(source)
+    padding = network.get("padding", "symmetric" if network else None)  # the default of a network that is described
     if padding not in get_args(Padding):
         raise UserError(
             f"checkpoint {source} says padding {padding!r} in hyper_parameters['network']: "

@@ -24,7 +24,7 @@ from microtune.modules.operations import NetworkOperations
 from microtune.modules.saved_for_backward import measure_saved_bytes
 from microtune.modules.scheme_application import AppliedScheme
 from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes.command_line import run
+from microtune.recipes.command_line import check_at_least_one, run
 from microtune.recipes.networks import NetworkName, describe_network
 
 METHODS = ("full", "freeze", "mask", "sub_tensor")
@@ -58,6 +58,7 @@ def main(
         threads: Of PyTorch; by default as many as the machine has cores.
         json: Print one JSON object and nothing else.
     """
+    check_at_least_one(batch_size=batch_size, rounds=rounds, threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)

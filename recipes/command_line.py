@@ -4,10 +4,11 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ArgumentParser, auto_parser
+from jsonargparse import ArgumentParser, Namespace, auto_parser
 
 from microtune.modules.user_error import UserError
 
@@ -26,26 +27,54 @@ def run(main: Callable[..., Any]) -> Any:
     warnings.filterwarnings("ignore", module="lightning|torchmetrics|jsonargparse")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).propagate = False  # it has a handler of its own
-    parser = auto_parser(main, as_positional=False, allow_abbrev=False)
-    arguments = parser.parse_args(with_values_for_flags(parser, sys.argv[1:]))
-    arguments.pop("config", None)
+    advertisement = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertisement.addFilter(lambda record: "Tip:" not in record.getMessage())
+    parser = auto_parser(main, as_positional=False, allow_abbrev=False, exit_on_error=False)
     try:
-        return main(**parser.instantiate_classes(arguments))
+        arguments = parse(parser, sys.argv[1:])
+        return main(**arguments.as_dict())
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns an interruption of its Trainer into status 1
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         print("stopped; --resume with the same arguments goes on, where the recipe has it", file=sys.stderr)
         sys.exit(130)
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
+    """The arguments that ``words`` give, with a ``UserError`` of one line where the parser's has many."""
+    try:
+        arguments = parser.parse_args(with_values_for_flags(parser, words))
+    except ArgumentError as error:
+        raise UserError(f"{' '.join(str(error).split())}; --help lists the options") from error
+    except UnicodeDecodeError as error:
+        raise UserError("the file of --config is binary: give YAML, such as the config.yaml of a run") from error
+    arguments.pop("config", None)
+    return arguments
 
 
 def with_values_for_flags(parser: ArgumentParser, words: list[str]) -> list[str]:
     """Lets ``--json`` stand for ``--json true``."""
     switches = {f"--{name}" for name, value in parser.get_defaults().items() if isinstance(value, bool)}
     result = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         result += [word, "true"] if word in switches and following.startswith("-") else [word]
     return result
+
+
+def check_at_least_one(**values: int | None) -> None:
+    """Raises ``UserError`` if a number is below 1; None stands for a default.
+
+    Example::
+
+        check_at_least_one(rounds=rounds, threads=threads)
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: give 1 or more")
 
 
 def arguments_as_yaml(main: Callable[..., Any], arguments: dict[str, Any]) -> str:

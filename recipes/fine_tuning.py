@@ -1,5 +1,6 @@
 """The job that all training recipes share: fine-tune a network under a scheme that fits a microcontroller."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.modules.batch_norm_folding import fold_batch_norm
@@ -19,6 +21,7 @@ from microtune.modules.mobilenet_v2 import load_weights, padding_of_weights, wei
 from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.scheme_application import Method
 from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_file, write_json
 from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, refuse_oversize
 from microtune.recipes.networks import NetworkName, describe_network, scheme_by_name_or_file
@@ -28,8 +31,22 @@ from microtune.recipes.run_folder import (
     log_run_start,
     make_loggers,
     open_run_folder,
+    refuse_another_run,
     wandb_run,
 )
+
+RANGES = {
+    "epochs": (1, math.inf),
+    "accumulate_batches": (1, math.inf),
+    "num_workers": (0, math.inf),
+    "seed": (0, 2**32 - 1),  # numpy's
+    "learning_rate": (0, math.inf),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+    "label_smoothing": (0, 1),
+    "warmup_fraction": (0, 1),
+    "gradient_clip_norm": (0, math.inf),
+}
 
 
 def fine_tune(
@@ -109,9 +126,10 @@ def fine_tune(
         resume: Go on with the run in out_dir after its last finished epoch.
     """
     started = time.monotonic()
+    check_ranges(arguments)
     data.prepare_data()
     data.setup()
-    device = microcontroller(None if sram_bytes and mcu is None else mcu, sram_bytes, flash_bytes, reserve_bytes)
+    device = microcontroller(mcu, sram_bytes, flash_bytes, reserve_bytes)
     padding = padding_of_weights(weights)
     described = describe_network(width, resolution, data.num_classes, data.in_channels, head_convolution, padding)
     peak_memory = PeakMemory(
@@ -138,35 +156,51 @@ def fine_tune(
     load_pretrained(module, weights, described.input_shape)
 
     out_dir = open_run_folder(out_dir, recipe, resume)
-    memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
-    loggers = make_loggers(logger, out_dir, recipe)
-    log_run_start(wandb_run(loggers), plain(arguments), update_scheme, memory, out_dir)
+    if resume:
+        refuse_another_run(out_dir, plain(arguments), update_scheme)
     callbacks = [ModelCheckpoint(out_dir, "last", save_on_train_epoch_end=True, enable_version_counter=False)]
     if update_scheme is not None:
         callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        strategy=strategy,
-        precision=precision,
-        max_epochs=epochs,
-        accumulate_grad_batches=accumulate_batches,
-        gradient_clip_val=gradient_clip_norm,
-        logger=loggers,
-        log_every_n_steps=10,
-        callbacks=callbacks,
-        enable_model_summary=False,
-    )
+    try:
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            precision=precision,
+            max_epochs=epochs,
+            accumulate_grad_batches=accumulate_batches,
+            gradient_clip_val=gradient_clip_norm,
+            logger=False,
+            log_every_n_steps=10,
+            callbacks=callbacks,
+            enable_model_summary=False,
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(f"accelerator, devices, strategy or precision: {error}") from error
+    memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
+    loggers = trainer.loggers = make_loggers(logger, out_dir, recipe)
+    log_run_start(wandb_run(loggers), plain(arguments), update_scheme, memory, out_dir)
     checkpoint = out_dir / "last.ckpt"
     trainer.fit(module, data, ckpt_path=str(checkpoint) if resume and checkpoint.exists() else None)
 
     report = evaluate(trainer, module, data) | memory
+    if not math.isfinite(report["loss"]):
+        rate = module.hparams.learning_rate
+        raise UserError(f"training diverged at learning rate {rate:g}: start anew with a smaller --learning_rate")
     report |= {"epochs": epochs, "batch_size": batch_size, "seed": seed, "seconds": time.monotonic() - started}
     if rank_zero_only.rank == 0:
         log_run_end(wandb_run(loggers), report, module.test_confusion, data.class_names)
         write_json(out_dir / "report.json", report)
         print_result(report, out_dir)
     return report
+
+
+def check_ranges(arguments: dict[str, Any]) -> None:
+    """Raises ``UserError`` if a number is out of its range."""
+    for name, (low, high) in RANGES.items():
+        value = arguments.get(name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name} is {value}: give {low} or more{'' if high == math.inf else f', at most {high}'}")
 
 
 def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, int, int]) -> None:
@@ -195,7 +229,7 @@ def keep_run_start(
     device: Microcontroller,
 ) -> dict[str, Any]:
     """Writes what the run is: its arguments, its scheme and the picture of its memory; returns the memory figures."""
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0 and not (out_dir / "config.yaml").exists():
         with whole_file(out_dir / "config.yaml") as partial:
             partial.write_text(yaml.safe_dump(plain(arguments), sort_keys=False), encoding="utf-8")
     if scheme is None:

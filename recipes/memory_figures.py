@@ -93,7 +93,13 @@ def refuse_oversize(
 def what_would_fit(peak_memory: PeakMemory, microcontroller: Microcontroller, network: nn.Module) -> str:
     """Where the classifier's update alone does not fit: the largest resolution at which it would."""
     channels, resolution, _ = peak_memory.operations.tensors[0]
-    largest = largest_resolution_that_fits(network, channels, microcontroller, below=resolution)
+    options = {
+        "optimizer_state": peak_memory.optimizer_state,
+        "gradient_accumulation": peak_memory.gradient_accumulation,
+        "depthwise_in_place": peak_memory.depthwise_in_place,
+        "gradient_bytes": peak_memory.gradient_bytes,
+    }
+    largest = largest_resolution_that_fits(network, channels, microcontroller, below=resolution, **options)
     floor = f"even the classifier alone needs {_kib(peak_memory.floor_bytes)} at {resolution} px"
     if largest is None:
         return f"{floor}, and no smaller resolution would do: take a narrower network"

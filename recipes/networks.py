@@ -20,6 +20,7 @@ from microtune.modules.simple_schemes import (
 )
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.recipes.command_line import check_at_least_one
 from microtune.recipes.memory_figures import scheme_fits
 
 NetworkName = Literal["mobilenet_v2"]
@@ -63,6 +64,7 @@ def describe_network(
     padding: str = "symmetric",
 ) -> DescribedNetwork:
     """Builds a folded MobileNetV2 and runs it once on ``in_channels`` x ``resolution`` x ``resolution``."""
+    check_at_least_one(resolution=resolution)
     arguments = {
         "width": width,
         "num_classes": num_classes,

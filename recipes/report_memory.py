@@ -92,7 +92,7 @@ def main(
     draw_memory(
         timeline, device, f"One training step of {described.name} at {resolution} px, {Path(scheme).stem}", picture
     )
-    console.print(f"picture: {picture}")
+    console.print(f"picture: {picture}", soft_wrap=True)
 
 
 def layer_table(layers: list[LayerExtraMemory]) -> Table:

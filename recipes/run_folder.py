@@ -1,5 +1,6 @@
 """The folder that a run writes, and its loggers."""
 
+import itertools
 import logging
 import os
 import time
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import wandb
+import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -16,6 +18,8 @@ from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 LoggerName = Literal["wandb", "csv", "none"]
+# what a resumed run may do differently without ending elsewhere
+MAY_CHANGE = {"resume", "out_dir", "data_dir", "download", "num_workers", "logger", "allow_oversize"}
 
 
 def open_run_folder(out_dir: Path | None, recipe: str, resume: bool) -> Path:
@@ -37,12 +41,37 @@ def open_run_folder(out_dir: Path | None, recipe: str, resume: bool) -> Path:
         if not (out_dir / "config.yaml").exists():
             raise UserError(f"there is no run in {out_dir}: start it without --resume")
         return out_dir
-    out_dir = out_dir or Path("runs") / recipe / time.strftime("%Y%m%d-%H%M%S")
+    out_dir = out_dir or new_folder(Path("runs") / recipe)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(out_dir.iterdir())
+    except OSError as error:
+        raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
     # under DDP the other processes start when the first has already written
-    if rank_zero_only.rank == 0 and out_dir.exists() and any(out_dir.iterdir()):
+    if rank_zero_only.rank == 0 and not is_empty:
         raise UserError(f"{out_dir} is not empty: give another --out_dir, or --resume to go on with the run in it")
-    out_dir.mkdir(parents=True, exist_ok=True)
     return out_dir
+
+
+def new_folder(parent: Path) -> Path:
+    """A folder that is not there yet, named by the time; several runs may start in the same second."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def refuse_another_run(out_dir: Path, arguments: dict[str, Any], scheme: UpdateScheme | None) -> None:
+    """Raises ``UserError`` if the run in ``out_dir`` was started with other arguments or another scheme."""
+    started = yaml.safe_load((out_dir / "config.yaml").read_text(encoding="utf-8"))
+    for name, value in arguments.items():
+        if name not in MAY_CHANGE and name in started and started[name] != value:
+            raise UserError(
+                f"the run in {out_dir} was started with {name} {started[name]}, not {value}: "
+                f"resume it with --config {out_dir / 'config.yaml'} --resume"
+            )
+    kept = out_dir / "scheme.json"
+    if scheme is not None and kept.exists() and UpdateScheme.load(kept) != scheme:
+        raise UserError(f"the run in {out_dir} was started with another scheme, {kept}: resume it with that one")
 
 
 def make_loggers(name: LoggerName, out_dir: Path, recipe: str) -> list[Logger]:

@@ -1,0 +1,169 @@
+"""Small made-up data, and recipes called as from the command line."""
+
+import importlib
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from microtune.modules.mobilenet_v2 import mobilenet_v2
+from microtune.modules.operations import find_operations
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.recipes.command_line import run
+
+ROOT = Path(__file__).parents[2]
+TRAINING_RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("train_*.py"))
+
+
+@dataclass
+class Ended:
+    """How a recipe ended: its exit status, and what it printed."""
+
+    status: int
+    output: str
+    errors: str
+
+
+@pytest.fixture(autouse=True)
+def quiet_logs():
+    """Puts back what recipes, which own their process, do to the loggers of it."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric", "wandb")]
+    before = [(logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (propagate, level) in zip(loggers, before, strict=True):
+        logger.propagate = propagate
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def command(monkeypatch, capfd) -> Callable[..., Ended]:
+    """Calls ``command("train_cifar", "--epochs", 2)`` in this process."""
+
+    def call(recipe: str, *words: Any) -> Ended:
+        main = importlib.import_module(f"microtune.recipes.{recipe}").main
+        monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, words)])
+        capfd.readouterr()
+        status = 0
+        try:
+            run(main)
+        except SystemExit as ended:
+            status = ended.code
+        return Ended(status, *capfd.readouterr())
+
+    return call
+
+
+def start_process(*words: Any, **environment: str) -> subprocess.Popen:
+    """Starts Python with these words, closed standard input and as many threads as this process has."""
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **threads, **environment},
+    )
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., Ended]:
+    """Runs ``process("train_cifar", "--epochs", 2)`` in a process of its own; keywords are environment variables."""
+
+    def call(recipe: str, *words: Any, **environment: str) -> Ended:
+        child = start_process(ROOT / f"recipes/{recipe}.py", *words, **environment)
+        output, errors = child.communicate(timeout=120)
+        return Ended(child.returncode, output, errors)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def start_recipe() -> Callable[..., subprocess.Popen]:
+    """Starts a recipe in a process of its own and leaves it running."""
+    return lambda recipe, *words: start_process(ROOT / f"recipes/{recipe}.py", *words)
+
+
+@pytest.fixture(scope="session")
+def tiny_cifar(tmp_path_factory) -> Path:
+    """A folder in CIFAR-10's layout: 100 training and 20 test images, as bright as their label is high."""
+    data_dir = tmp_path_factory.mktemp("cifar")
+    folder = data_dir / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        labels = [index % 10 for index in range(20)]
+        pixels = rng.integers(0, 60, (20, 3072)) + np.array(labels)[:, None] * 19
+        (folder / name).write_bytes(pickle.dumps({"data": pixels.astype(np.uint8), "labels": labels}, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> Path:
+    """A folder of three classes with 20 images each."""
+    data_dir = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("blue", "green", "red")):
+        (data_dir / name).mkdir()
+        for number in range(20):
+            pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
+            pixels[..., 2 - label] += 150
+            Image.fromarray(pixels).save(data_dir / name / f"{number:02}.png")
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_cifar, tiny_images) -> Callable[[str], dict[str, Any]]:
+    """The arguments of a training recipe's ``main`` for a run of about a second."""
+    data_dirs = {"train_cifar": tiny_cifar, "train_image_folder": tiny_images}
+
+    def arguments(recipe: str) -> dict[str, Any]:
+        values = {"resolution": 32, "epochs": 3, "batch_size": 16, "num_workers": 0, "learning_rate": 0.05}
+        return {"data_dir": data_dirs[recipe], **values, "accelerator": "cpu", "logger": "none"}
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def as_words() -> Callable[[dict[str, Any]], list[str]]:
+    """Arguments as words of the command line."""
+    return lambda arguments: [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tiny_run, tmp_path_factory) -> dict[str, Path]:
+    """The folder of a run of every training recipe that nothing interrupted."""
+    folders = {}
+    for recipe in TRAINING_RECIPES:
+        folders[recipe] = tmp_path_factory.mktemp("finished") / recipe
+        main = importlib.import_module(f"microtune.recipes.{recipe}").main
+        main(**tiny_run(recipe), out_dir=folders[recipe])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def weights_of() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """The weights in a run's checkpoint."""
+    return lambda folder: torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="session")
+def scheme_file(tmp_path_factory) -> Path:
+    """A scheme like the paper's of 99 KiB: the expanding convolutions of the last eight blocks."""
+    convolutions = find_operations(mobilenet_v2(0.35, num_classes=10), (3, 32, 32)).convolutions
+    ratios = {27: 1, 30: 1, 33: 1, 36: 1, 39: 1, 42: 0.125, 45: 0.5, 48: 1}
+    weights = {convolutions[index].name: ratio for index, ratio in ratios.items()}
+    path = tmp_path_factory.mktemp("scheme") / "scheme_99kb.json"
+    UpdateScheme("mobilenet_v2-w0.35", 25, weights).save(path)
+    return path

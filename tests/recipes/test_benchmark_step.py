@@ -1,0 +1,109 @@
+"""The benchmark of one training step: what it reports. Times are not tested, for they depend on the machine."""
+
+import json
+
+import pytest
+import torch
+
+from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.mobilenet_v2 import mobilenet_v2
+from microtune.modules.operations import find_operations
+from microtune.modules.training_memory import autograd_bytes_per_sample
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.recipes import benchmark_step
+
+SCHEMES = {
+    "99kb": None,
+    "classifier": UpdateScheme("mobilenet_v2-w0.35", 0),
+    "biases": UpdateScheme("mobilenet_v2-w0.35", 20),
+    "depthwise": UpdateScheme("mobilenet_v2-w0.35", 5, {"features.17.conv.1.0": 0.25, "features.17.conv.2": 1.0}),
+}
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=SCHEMES)
+def scheme(request, scheme_file, tmp_path):
+    """A scheme and its file."""
+    if request.param == "99kb":
+        return UpdateScheme.load(scheme_file), scheme_file
+    SCHEMES[request.param].save(tmp_path / "scheme.json")
+    return SCHEMES[request.param], tmp_path / "scheme.json"
+
+
+def test_json_is_one_object_and_nothing_else(command, scheme):
+    update_scheme, file = scheme
+    ended = command(
+        *("benchmark_step", "--width", 0.35, "--resolution", 48, "--batch_size", 2, "--scheme", file),
+        *("--rounds", 2, "--threads", 1, "--json"),
+    )
+    assert (ended.status, ended.errors) == (0, "")
+    methods = json.loads(ended.output)["methods"]
+    assert list(methods) == ["full", "freeze", "mask", "sub_tensor"]
+    for row in methods.values():
+        assert row.keys() >= {"step_seconds", "autograd_bytes_per_sample", "speedup_over_full"}
+        assert row["step_seconds"] > 0
+        assert row["speedup_over_full"] > 0
+    assert methods["full"]["speedup_over_full"] == 1
+
+    operations = find_operations(mobilenet_v2(0.35, num_classes=10), (3, 48, 48))
+    saved = {name: row["autograd_bytes_per_sample"] for name, row in methods.items()}
+    assert saved["sub_tensor"] == autograd_bytes_per_sample(operations, update_scheme)
+    assert saved["sub_tensor"] <= saved["freeze"] <= saved["mask"] <= saved["full"]
+    for name, row in methods.items():
+        assert row["saved_bytes_ratio_of_full"] == saved["full"] / saved[name]
+
+
+def test_saved_bytes_do_not_depend_on_the_batch(command, scheme_file):
+    def saved(batch_size):
+        words = ("--scheme", scheme_file, "--resolution", 32, "--batch_size", batch_size, "--rounds", 1, "--json")
+        methods = json.loads(command("benchmark_step", *words).output)["methods"]
+        return {name: row["autograd_bytes_per_sample"] for name, row in methods.items()}
+
+    assert saved(1) == saved(3)
+
+
+def test_table(command, scheme_file):
+    ended = command("benchmark_step", "--scheme", scheme_file, "--resolution", 32, "--batch_size", 2, "--rounds", 1)
+    assert ended.status == 0
+    for method in benchmark_step.METHODS:
+        assert method in ended.output
+    assert "forward pass alone" in ended.output
+
+
+def test_thirty_times_fewer_saved_bytes_than_full_update(command, scheme_file):
+    """The promise at 128 px, with a scheme like the paper's of 99 KiB."""
+    words = ("--scheme", scheme_file, "--resolution", 128, "--batch_size", 2, "--rounds", 1, "--json")
+    methods = json.loads(command("benchmark_step", *words).output)["methods"]
+    assert methods["sub_tensor"]["saved_bytes_ratio_of_full"] >= 30
+
+
+@pytest.mark.parametrize("method", benchmark_step.METHODS)
+def test_every_method_trains(method, scheme_file):
+    """A step changes the classifier and what the scheme updates, and an early layer only under full update."""
+    torch.manual_seed(0)
+    described = benchmark_step.describe_network(0.35, 32, 10, 3, head_convolution=False)
+    scheme = described.load_scheme(scheme_file)
+    unfolded = mobilenet_v2(0.35, num_classes=10)
+    unfolded(torch.randn(8, 3, 32, 32))  # statistics for its batch norm: without, gradients are near 1e-8
+    plain = fold_batch_norm(unfolded, (3, 32, 32))
+    trained, restore_frozen = benchmark_step.prepared(plain, scheme, described.operations, method)
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    samples, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    benchmark_step.training_step(trained, restore_frozen, samples, labels)()
+    changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"classifier.1.weight", "features.17.conv.0.0.bias", "features.10.conv.0.0.bias"} <= changed
+    assert ("features.9.conv.0.0.bias" in changed) is (method == "full")
+
+
+def test_methods_take_turns():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in ("full", "sub_tensor")}
+    seconds = benchmark_step.interleaved_seconds(steps, rounds=3, show_progress=False)
+    assert calls == ["full", "sub_tensor"] * 5  # two rounds are not timed
+    assert {name: len(values) for name, values in seconds.items()} == {"full": 3, "sub_tensor": 3}

@@ -1,0 +1,399 @@
+"""Every training recipe runs, leaves a whole folder behind, and reproduces and resumes to the bit."""
+
+import csv
+import functools
+import importlib
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from microtune.datamodules.cifar import CIFAR
+from microtune.datamodules.image_folder import ImageFolder
+from microtune.modules.classifier import Classifier
+from microtune.modules.mobilenet_v2 import NORMALIZATION, mobilenet_v2
+from microtune.modules.operations import find_operations
+from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.recipes import fine_tuning
+
+RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("train_*.py"))
+REPORT_KEYS = {"top1", "val_top1", "loss", "train_samples", "val_samples", "test_samples", "classes", "seconds"}
+SAMPLES = {"train_cifar": [90, 10, 20, 10], "train_image_folder": [42, 6, 12, 3]}
+
+# Lightning's remarks: few steps per epoch, a folder that is not empty, no workers
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+each_recipe = pytest.mark.parametrize("recipe", RECIPES)
+
+
+def main_of(recipe):
+    return importlib.import_module(f"microtune.recipes.{recipe}").main
+
+
+def read_report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def read_metrics(folder, name):
+    """All values of one metric, in the order in which they were logged; resumed runs have a file per start."""
+    rows = []
+    for file in sorted(folder.rglob("metrics.csv")):
+        with file.open() as opened:
+            rows += list(csv.DictReader(opened))
+    return [float(row[name]) for row in rows if row.get(name)]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_equal_weights(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def tiny_operations():
+    return find_operations(mobilenet_v2(0.35, num_classes=10), (3, 32, 32))
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Lets the next run fail in the second step of the given epoch."""
+
+    def at(epoch, exception=Interrupted):
+        def training_step(module, batch, batch_index):
+            if module.current_epoch == epoch and batch_index == 1:
+                monkeypatch.undo()
+                raise exception
+            return original(module, batch, batch_index)
+
+        original = Classifier.training_step
+        monkeypatch.setattr(Classifier, "training_step", training_step)
+
+    return at
+
+
+def test_the_training_recipes():
+    assert RECIPES == ["train_cifar", "train_image_folder"]
+
+
+@each_recipe
+def test_run_folder_is_whole(recipe, finished_runs, tiny_run):
+    folder = finished_runs[recipe]
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.yaml", "scheme.json", "last.ckpt", "metrics", "memory.png", "report.json")
+    }
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    expected = tiny_run(recipe) | {"out_dir": str(folder), "data_dir": str(tiny_run(recipe)["data_dir"])}
+    assert {name: config[name] for name in expected} == expected
+    UpdateScheme.load(folder / "scheme.json").check(tiny_operations().convolutions, "mobilenet_v2-w0.35")
+    with Image.open(folder / "memory.png") as image:
+        assert (image.format, min(image.size) > 300) == ("PNG", True)
+    assert len(read_metrics(folder, "val/top1")) == 3 + 1  # after every epoch, and of the weights that are tested
+    assert len(read_metrics(folder, "test/top1")) == 1
+
+
+@each_recipe
+def test_report(recipe, finished_runs):
+    report = read_report(finished_runs[recipe])
+    assert report.keys() >= REPORT_KEYS
+    assert [report[name] for name in ("train_samples", "val_samples", "test_samples", "classes")] == SAMPLES[recipe]
+    assert ("top5" in report) == (report["classes"] > 5)
+    assert report["seconds"] > 0
+    assert (report["mcu"], report["fits"]) == ("stm32f746", True)
+    assert report["peak_memory_bytes"] <= report["budget_bytes"] == 288 * 1024
+
+
+@each_recipe
+def test_report_is_about_the_checkpoint(recipe, finished_runs, tiny_run):
+    """The accuracy and the loss are those of a plain forward pass of what ``last.ckpt`` holds."""
+    arguments = tiny_run(recipe)
+    source = {"train_cifar": CIFAR, "train_image_folder": ImageFolder}[recipe]
+    data = source(arguments["data_dir"], resolution=32, normalization=NORMALIZATION["symmetric"], num_workers=0)
+    data.setup()
+    module = Classifier.load_from_checkpoint(finished_runs[recipe] / "last.ckpt").eval()
+    report = read_report(finished_runs[recipe])
+    for loader, name in ((data.test_dataloader(), "top1"), (data.val_dataloader(), "val_top1")):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        with torch.no_grad():
+            logits = module(images)
+        assert report[name] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+        if name == "top1":
+            assert report["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+@each_recipe
+def test_saved_configuration_reproduces_the_run(recipe, finished_runs, command, weights_of, tmp_path):
+    ended = command(recipe, "--config", finished_runs[recipe] / "config.yaml", "--out_dir", tmp_path / "again")
+    assert ended.status == 0
+    assert_equal_weights(weights_of(finished_runs[recipe]), weights_of(tmp_path / "again"))
+    first, again = read_report(finished_runs[recipe]), read_report(tmp_path / "again")
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+
+
+@each_recipe
+def test_another_seed_ends_elsewhere(recipe, finished_runs, tiny_run, weights_of, tmp_path):
+    main_of(recipe)(**tiny_run(recipe), seed=1, out_dir=tmp_path / "run")
+    one, other = weights_of(finished_runs[recipe]), weights_of(tmp_path / "run")
+    for layer in ("classifier.1", "features.0.0"):  # of which the second is frozen: its fresh weights are others
+        assert not torch.equal(one[f"net.{layer}.weight"], other[f"net.{layer}.weight"])
+
+
+@each_recipe
+def test_resumed_run_ends_as_one_never_stopped(recipe, finished_runs, tiny_run, interrupt, weights_of, tmp_path):
+    run = {**tiny_run(recipe), "out_dir": tmp_path / "run"}
+    interrupt(epoch=1)
+    with pytest.raises(Interrupted):
+        main_of(recipe)(**run)
+    started = (tmp_path / "run/config.yaml").read_bytes()
+    assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["epoch"] == 0
+    assert not (tmp_path / "run/report.json").exists()
+
+    report = main_of(recipe)(**run, resume=True)
+    assert_equal_weights(weights_of(finished_runs[recipe]), weights_of(tmp_path / "run"))
+    assert {**report, "seconds": 0} == {**read_report(finished_runs[recipe]), "seconds": 0}
+    assert len(read_metrics(tmp_path / "run", "val/top1")) == 3 + 1
+    # so that the configuration still reproduces the run
+    assert (tmp_path / "run/config.yaml").read_bytes() == started
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.9, "weight_decay": 1e-4}, {"optimizer": "adamw"}, {"method": "mask"}, {"scheme": "none"}]
+)
+def test_optimizer_state_is_resumed(options, tiny_run, interrupt, weights_of, tmp_path):
+    run = {**tiny_run("train_cifar"), "epochs": 2, **options}
+    main_of("train_cifar")(**run, out_dir=tmp_path / "whole")
+    interrupt(epoch=1)
+    with pytest.raises(Interrupted):
+        main_of("train_cifar")(**run, out_dir=tmp_path / "run")
+    main_of("train_cifar")(**run, out_dir=tmp_path / "run", resume=True)
+    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+
+
+def test_run_that_failed_before_its_first_checkpoint_is_resumed(
+    finished_runs, tiny_run, interrupt, weights_of, tmp_path
+):
+    run = {**tiny_run("train_cifar"), "out_dir": tmp_path / "run"}
+    interrupt(epoch=0)
+    with pytest.raises(Interrupted):
+        main_of("train_cifar")(**run)
+    assert not (tmp_path / "run/last.ckpt").exists()
+    main_of("train_cifar")(**run, resume=True)
+    assert_equal_weights(weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run"))
+
+
+def test_killed_run_ends_as_one_never_killed(tiny_run, as_words, start_recipe, weights_of, tmp_path):
+    run = {**tiny_run("train_cifar"), "epochs": 6, "momentum": 0.9}
+    folder = tmp_path / "killed"
+    child = start_recipe("train_cifar", *as_words(run | {"out_dir": folder}))
+    try:
+        waited_until = time.monotonic() + 100
+        while not (folder / "last.ckpt").exists():
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < waited_until
+            time.sleep(0.002)
+    finally:
+        child.kill()  # SIGKILL
+        child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert not (folder / "report.json").exists()
+    finished_epoch = torch.load(folder / "last.ckpt", weights_only=True)["epoch"]
+    assert finished_epoch < 5
+
+    main_of("train_cifar")(**run, out_dir=folder, resume=True)
+    main_of("train_cifar")(**run, out_dir=tmp_path / "whole")
+    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(folder))
+    assert read_report(folder)["top1"] == read_report(tmp_path / "whole")["top1"]
+    # it went on, and did not start anew
+    assert read_metrics(folder / "metrics/version_1", "epoch")[0] == finished_epoch + 1
+
+
+def test_interruption_exits_with_130_and_says_how_to_go_on(tiny_run, as_words, interrupt, command, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    interrupt(epoch=1, exception=KeyboardInterrupt)
+    ended = command("train_cifar", *as_words(tiny_run("train_cifar") | {"out_dir": tmp_path / "run"}))
+    signal.signal(signal.SIGINT, handler)
+    assert ended.status == 130
+    assert "--resume" in ended.errors
+    assert "Traceback" not in ended.errors
+    resumed = command("train_cifar", "--config", tmp_path / "run/config.yaml", "--resume")
+    assert resumed.status == 0
+    assert (tmp_path / "run/report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epochs": 4}, "was started with epochs 3, not 4"),
+        ({"learning_rate": 0.01}, "was started with learning_rate 0.05, not 0.01"),
+        ({"resolution": 48}, "was started with resolution 32, not 48"),
+    ],
+)
+def test_resume_with_other_arguments_is_refused(changed, message, finished_runs, tiny_run, as_words, command, tmp_path):
+    folder = shutil.copytree(finished_runs["train_cifar"], tmp_path / "run")
+    (folder / "report.json").unlink()
+    before = contents(folder)
+    ended = command("train_cifar", *as_words(tiny_run("train_cifar") | {"out_dir": folder} | changed), "--resume")
+    assert ended.status == 2
+    assert message in ended.errors
+    assert ended.errors.count("\n") == 1
+    assert contents(folder) == before
+
+
+def test_resume_with_a_changed_scheme_file_is_refused(tiny_run, as_words, interrupt, command, tmp_path):
+    scheme_file = tmp_path / "scheme.json"
+    UpdateScheme("mobilenet_v2-w0.35", 3).save(scheme_file)
+    words = as_words(tiny_run("train_cifar") | {"scheme": scheme_file, "out_dir": tmp_path / "run"})
+    interrupt(epoch=1)
+    with pytest.raises(Interrupted):
+        command("train_cifar", *words)
+    UpdateScheme("mobilenet_v2-w0.35", 4).save(scheme_file)
+    before = contents(tmp_path / "run")
+    ended = command("train_cifar", *words, "--resume")
+    assert ended.status == 2
+    assert "was started with another scheme" in ended.errors
+    assert contents(tmp_path / "run") == before
+
+
+def test_resume_of_a_finished_run_is_refused(finished_runs, command):
+    folder = finished_runs["train_cifar"]
+    before = contents(folder)
+    ended = command("train_cifar", "--config", folder / "config.yaml", "--resume")
+    assert ended.status == 2
+    assert f"the run in {folder} is finished: its results are in {folder / 'report.json'}" in ended.errors
+    assert contents(folder) == before
+
+
+def test_run_is_not_written_over(finished_runs, command):
+    folder = finished_runs["train_cifar"]
+    before = contents(folder)
+    ended = command("train_cifar", "--config", folder / "config.yaml")
+    assert ended.status == 2
+    assert f"{folder} is not empty: give another --out_dir, or --resume" in ended.errors
+    assert contents(folder) == before
+
+
+def test_default_folders_of_runs_of_the_same_second(tiny_run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("microtune.recipes.run_folder.time.strftime", lambda _: "20261120-060000")
+    for _ in range(2):
+        main_of("train_cifar")(**tiny_run("train_cifar") | {"epochs": 1})
+    names = sorted(path.name for path in (tmp_path / "runs/train_cifar").iterdir())
+    assert names == ["20261120-060000", "20261120-060000-2"]
+
+
+def test_fine_tunes_from_a_checkpoint_of_a_sparse_run(finished_runs, tiny_run, weights_of, tmp_path):
+    run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
+    main_of("train_cifar")(**run, weights=str(finished_runs["train_cifar"] / "last.ckpt"), scheme="classifier")
+    first, then = weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run")
+    changed = {name for name in first if not torch.equal(first[name], then[name])}
+    assert changed == {"net.classifier.1.weight", "net.classifier.1.bias"}
+
+
+def test_checkpoint_of_other_classes_gives_its_trunk(finished_runs, tiny_run, weights_of, tmp_path):
+    run = tiny_run("train_image_folder") | {"epochs": 1, "out_dir": tmp_path / "run"}
+    main_of("train_image_folder")(**run, weights=str(finished_runs["train_cifar"] / "last.ckpt"), scheme="classifier")
+    first, then = weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run")
+    assert then["net.classifier.1.weight"].shape == (3, 112)
+    trunk = [name for name in first if "features" in name]
+    assert len(trunk) == 102
+    assert all(torch.equal(first[name], then[name]) for name in trunk)
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        ({}, {}),
+        ({"momentum": 0.9}, {"optimizer_state": "momentum"}),
+        ({"optimizer": "adamw"}, {"optimizer_state": "adam"}),
+        ({"accumulate_batches": 2}, {"gradient_accumulation": True}),
+    ],
+)
+def test_memory_figures_are_those_of_the_training(options, counted, scheme_file, tiny_run, tmp_path):
+    run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
+    report = main_of("train_cifar")(**run, **options, scheme=str(scheme_file), allow_oversize=True)
+    scheme = UpdateScheme.load(scheme_file)
+    assert report["peak_memory_bytes"] == PeakMemory(tiny_operations(), **counted).peak_bytes(scheme)
+    assert UpdateScheme.load(tmp_path / "run/scheme.json") == scheme
+
+
+def test_scheme_that_does_not_fit(tiny_run, as_words, command, tmp_path):
+    words = as_words(tiny_run("train_cifar") | {"scheme": "full", "epochs": 1, "out_dir": tmp_path / "run"})
+    ended = command("train_cifar", *words)
+    assert ended.status == 2
+    assert ended.errors.count("\n") == 1
+    scheme = UpdateScheme("any", 51, {c.name: 1.0 for c in tiny_operations().convolutions})
+    needed = f"{PeakMemory(tiny_operations()).peak_bytes(scheme) / 1024:.1f} KiB"
+    assert f"one training step needs {needed}" in ended.errors
+    assert "stm32f746 has 288.0 KiB (320.0 KiB less a reserve of 32.0 KiB)" in ended.errors
+    assert "most of the extra memory goes to features.17.conv.2 (37.5 KiB), " in ended.errors
+    assert "--allow_oversize" in ended.errors
+    assert not (tmp_path / "run").exists()
+
+    assert command("train_cifar", *words, "--allow_oversize").status == 0
+    report = read_report(tmp_path / "run")
+    assert not report["fits"]
+    assert report["peak_memory_bytes"] > report["budget_bytes"]
+
+
+def test_flash_that_is_too_small(tiny_run, as_words, command, tmp_path):
+    words = as_words(tiny_run("train_cifar") | {"flash_bytes": 100_000, "out_dir": tmp_path / "run"})
+    ended = command("train_cifar", *words)
+    assert ended.status == 2
+    assert "of flash, but stm32f746 has 97.7 KiB" in ended.errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_scheme_everything_is_trained_with_batch_norm(tiny_run, weights_of, tmp_path):
+    run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
+    report = main_of("train_cifar")(**run, scheme="none")
+    assert "peak_memory_bytes" not in report
+    assert not (tmp_path / "run/scheme.json").exists()
+    assert "net.features.0.1.running_mean" in weights_of(tmp_path / "run")
+
+
+def test_command_line_knows_what_fine_tune_takes(command):
+    for recipe in RECIPES:
+        ended = command(recipe, "--help")
+        assert ended.status == 0
+        for option in fine_tuning.fine_tune.__annotations__.keys() - {"data", "recipe", "arguments", "return"}:
+            assert f"--{option} " in ended.output, option
+
+
+def train_on_real_images(recipe, data_dir, monkeypatch, out_dir, **limits):
+    """One epoch from Keras' weights at 64 px; ``limits`` of Lightning's Trainer make it a short one."""
+    monkeypatch.setattr(fine_tuning, "Trainer", functools.partial(Trainer, **limits))
+    weights = data_dir.parent / "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"
+    shared = {"resolution": 64, "epochs": 1, "num_workers": 0, "logger": "none", "accelerator": "cpu"}
+    main_of(recipe)(data_dir=data_dir, weights=str(weights), **shared, out_dir=out_dir)
+
+
+def test_loss_falls_on_real_cifar(shared_data, monkeypatch, tmp_path):
+    limits = {"limit_train_batches": 60, "limit_val_batches": 2, "limit_test_batches": 6}
+    train_on_real_images("train_cifar", shared_data / "cifar10", monkeypatch, tmp_path / "run", **limits)
+    losses = read_metrics(tmp_path / "run", "train/loss")
+    assert len(losses) == 6
+    assert losses[0] > 1.8
+    assert losses[-1] < 0.8 * losses[0]
+    assert read_report(tmp_path / "run")["top1"] > 0.3  # chance is 0.1
+    assert read_report(tmp_path / "run")["train_samples"] == 5850
+
+
+def test_loss_falls_on_real_flowers(shared_data, monkeypatch, tmp_path):
+    limits = {"limit_val_batches": 1, "limit_test_batches": 6}
+    train_on_real_images("train_image_folder", shared_data / "flowers17", monkeypatch, tmp_path / "run", **limits)
+    losses = read_metrics(tmp_path / "run", "train/loss")
+    assert losses[-1] < 0.8 * losses[0]
+    assert read_report(tmp_path / "run")["top1"] > 0.4  # chance is 0.06

@@ -1,0 +1,135 @@
+"""The quickstart, shortened to one epoch and one seed: what it leaves behind."""
+
+import json
+import shutil
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from PIL import Image
+
+from microtune.modules.microcontrollers import microcontroller
+from microtune.modules.mobilenet_v2 import mobilenet_v2
+from microtune.modules.operations import find_operations
+from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.training_memory import autograd_bytes_per_sample, extra_memory_bytes
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.recipes import quickstart
+
+METHODS = ["classifier", "biases", "last_layers", "sub_tensor", "full"]
+KEYS = {
+    *("top1_mean", "top1_std", "extra_memory_bytes", "peak_memory_bytes"),
+    *("autograd_bytes_per_sample", "step_seconds", "fits"),
+}
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One run for all tests: its folder and what it returned."""
+    folder = tmp_path_factory.mktemp("quickstart") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "PRETRAINING_EPOCHS", 1)
+        patch.setattr(quickstart, "ADAPTATION_EPOCHS", 1)
+        report = quickstart.main(seeds=1, logger="none", out_dir=folder)
+    return SimpleNamespace(folder=folder, report=report)
+
+
+@pytest.fixture(scope="module")
+def operations():
+    return find_operations(mobilenet_v2(0.35, num_classes=5, in_channels=1), (1, 32, 32))
+
+
+def test_report(run):
+    report = json.loads((run.folder / "report.json").read_text())
+    assert report == run.report
+    assert (report["mcu"], report["budget_bytes"]) == ("rp2040", microcontroller("rp2040").budget_bytes)
+    assert list(report["methods"]) == METHODS
+    for row in report["methods"].values():
+        assert row.keys() == KEYS
+        assert 0 <= row["top1_mean"] <= 1
+        assert row["top1_std"] == 0  # of one seed
+        assert row["step_seconds"] > 0
+
+
+def test_full_update_does_not_fit_and_all_others_do(run):
+    fits = {name: row["fits"] for name, row in run.report["methods"].items()}
+    assert fits == {name: name != "full" for name in METHODS}
+    for row in run.report["methods"].values():
+        assert row["fits"] is (row["peak_memory_bytes"] <= run.report["budget_bytes"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_figures_are_those_of_the_saved_scheme(method, run, operations):
+    scheme = UpdateScheme.load(run.folder / f"scheme_{method}.json")
+    scheme.check(operations.convolutions, "mobilenet_v2-w0.35")
+    row = run.report["methods"][method]
+    assert row["extra_memory_bytes"] == extra_memory_bytes(operations.convolutions, 112, scheme)
+    assert row["peak_memory_bytes"] == PeakMemory(operations).peak_bytes(scheme)
+    if method != "full":  # which trains the plain network, with a float per element for ReLU6
+        assert row["autograd_bytes_per_sample"] == autograd_bytes_per_sample(operations, scheme)
+
+
+def test_sub_tensors_save_fewer_bytes_than_full_update(run):
+    saved = {name: row["autograd_bytes_per_sample"] for name, row in run.report["methods"].items()}
+    assert saved["classifier"] < saved["sub_tensor"] < saved["full"]
+
+
+def test_picture(run):
+    with Image.open(run.folder / "report.png") as image:
+        assert (image.format, min(image.size) > 300) == ("PNG", True)
+    assert {path.name for path in run.folder.iterdir()} == {
+        *("report.json", "report.png"),
+        *(f"scheme_{method}.json" for method in METHODS),
+    }
+
+
+def test_mean_and_deviation_over_seeds(monkeypatch, capsys, tmp_path):
+    """With training left out: the statistics, the table, and the line that says where everything lies."""
+    top1 = {0: 0.5, 1: 0.75, 2: 0.7}
+    monkeypatch.setattr(quickstart, "pretrain", lambda on_epoch_end: {})
+    monkeypatch.setattr(quickstart, "adapt", lambda described, pretrained, scheme, seed: top1[seed])
+    report = quickstart.main(seeds=3, logger="none", out_dir=tmp_path / "out")
+    for row in report["methods"].values():
+        assert row["top1_mean"] == pytest.approx(0.65)
+        assert row["top1_std"] == pytest.approx(statistics.stdev(top1.values()))
+    printed = capsys.readouterr().out
+    for method in METHODS:
+        assert method in printed
+    assert "65.0 ± 13.2" in printed
+    assert max(map(len, printed.split("done in")[0].splitlines())) <= 80  # a terminal's width
+    assert printed.endswith(f"{tmp_path / 'out'}\n")
+
+
+def test_logs_to_weights_and_biases_offline(run, monkeypatch, tmp_path):
+    for name, value in {"WANDB_MODE": "offline", "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    folder = shutil.copytree(run.folder, tmp_path / "copy")
+    quickstart.log_to_wandb("wandb", run.report, folder)
+    wandb.teardown()
+    (files,) = folder.glob("wandb/offline-run-*/files")
+    (table,) = files.glob("media/table/methods_*.table.json")
+    assert [row[0] for row in json.loads(table.read_text())["data"]] == METHODS
+    (picture,) = files.glob("media/images/report_*.png")
+    assert picture.read_bytes() == (run.folder / "report.png").read_bytes()
+
+
+def test_adaptation_changes_what_its_scheme_updates(run, monkeypatch):
+    """The network that is tested has a new classifier, the scheme's update, and else the pretrained weights."""
+    monkeypatch.setattr(quickstart, "ADAPTATION_EPOCHS", 1)
+    monkeypatch.setattr(quickstart, "PRETRAINING_EPOCHS", 1)
+    described = quickstart.describe_network(0.35, 32, 5, 1, head_convolution=False)
+    pretrained = quickstart.pretrain(lambda: None)
+    modules = []
+    original = quickstart.Classifier
+    monkeypatch.setattr(
+        quickstart, "Classifier", lambda *words, **names: modules.append(original(*words, **names)) or modules[-1]
+    )
+    scheme = UpdateScheme.load(run.folder / "scheme_last_layers.json")
+    quickstart.adapt(described, pretrained, scheme, seed=0)
+    trained = modules[0].net.state_dict()
+    changed = {name for name in trained if not trained[name].equal(pretrained[name])}
+    updated = [c.name for c in described.operations.convolutions[-scheme.bias_depth :]]
+    expected = {f"{layer}.{part}" for layer in [*updated, "classifier.1"] for part in ("weight", "bias")}
+    assert changed == expected

@@ -1,0 +1,82 @@
+"""What the README shows can be typed in."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torchvision
+from jsonargparse import auto_parser
+
+from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.mobilenet_v2 import mobilenet_v2
+from microtune.modules.operations import find_operations
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.recipes.command_line import parse
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def runnable_recipes():
+    return {path.name for path in (ROOT / "recipes").glob("*.py") if path.read_text().endswith("    run(main)\n")}
+
+
+def recipe_commands():
+    """Every command line of a recipe in the README and in the recipes' own docstrings."""
+    texts = ["\n".join(blocks("bash")), *(path.read_text() for path in (ROOT / "recipes").glob("*.py"))]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    return [found.group() for line in lines if (found := re.search(r"(?<=uv run )recipes/.*", line))]
+
+
+def test_commands_were_found():
+    recipes = {shlex.split(line)[0] for line in recipe_commands()}
+    # every recipe shows how it is called, in its docstring at least
+    assert recipes == {f"recipes/{name}" for name in runnable_recipes()}
+    assert len(blocks("bash")) >= 5
+
+
+@pytest.mark.parametrize("line", recipe_commands())
+def test_command_is_understood(line):
+    recipe, *words = shlex.split(line)
+    assert (ROOT / recipe).is_file()
+    main = importlib.import_module(f"microtune.recipes.{Path(recipe).stem}").main
+    parse(auto_parser(main, as_positional=False, allow_abbrev=False, exit_on_error=False), words)
+
+
+def test_recipes_that_the_readme_names_are_there():
+    named = set(re.findall(r"`(\w+\.py)`", README))
+    assert named == runnable_recipes()
+
+
+def test_script_with_an_own_module_runs_outside_the_checkout(tmp_path):
+    script, *_ = blocks("python")
+    (tmp_path / "script.py").write_text(f"{script}\nprint(type(trainer.lightning_module.backbone.layer4[1].conv1))\n")
+    ended = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "SparseUpdate trains" in ended.stderr
+    assert ended.stdout.splitlines()[-1] == "<class 'torch.nn.modules.conv.Conv2d'>"  # a plain network is left
+
+
+def test_scheme_of_the_script_is_for_its_network():
+    script, *_ = blocks("python")
+    line = next(line for line in script.splitlines() if line.startswith("scheme = "))
+    scheme = eval(line.removeprefix("scheme = "), {"UpdateScheme": UpdateScheme})
+    network = fold_batch_norm(torchvision.models.resnet18(num_classes=10), (3, 64, 64))
+    scheme.check(find_operations(network, (3, 64, 64)).convolutions, "resnet18")
+
+
+def test_scheme_in_json_is_one():
+    (text,) = blocks("json")
+    scheme = UpdateScheme.from_dict(json.loads(text))
+    scheme.check(find_operations(mobilenet_v2(0.35, num_classes=10), (3, 96, 96)).convolutions, "mobilenet_v2-w0.35")

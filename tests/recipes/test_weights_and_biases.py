@@ -1,0 +1,141 @@
+"""An offline run of Weights & Biases, read back from its file."""
+
+import hashlib
+import json
+import struct
+from base64 import b64encode
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from microtune.modules.update_scheme import UpdateScheme
+
+BLOCK_BYTES = 32768
+
+
+def read_records(path):
+    """The records of a run-*.wandb file, which is a LevelDB log with a header of seven bytes."""
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    position, record = 7, b""
+    while position + 7 <= len(content):
+        left_in_block = BLOCK_BYTES - position % BLOCK_BYTES
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        size, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        record += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(record)
+            yield message
+            record = b""
+
+
+def items(record_items):
+    """Nested keys, joined by slashes, and values."""
+    return {"/".join([item.key] if item.key else item.nested_key): json.loads(item.value_json) for item in record_items}
+
+
+@pytest.fixture(scope="module")
+def run(process, tiny_run, as_words, scheme_file, tmp_path_factory):
+    """A training run with the default logger, by a user who is not logged in and cannot answer."""
+    home, out_dir = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("wandb") / "out"
+    arguments = tiny_run("train_cifar") | {"epochs": 2, "scheme": scheme_file, "out_dir": out_dir}
+    del arguments["logger"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "WANDB_SILENT", "NETRC"):
+            patch.delenv(name, raising=False)
+        ended = process("train_cifar", *as_words(arguments), HOME=str(home))
+    assert ended.status == 0, ended.errors
+    (file,) = out_dir.glob("wandb/offline-run-*/run-*.wandb")
+    records = list(read_records(file))
+    return SimpleNamespace(
+        ended=ended,
+        arguments=arguments,
+        out_dir=out_dir,
+        files=file.parent / "files",
+        report=json.loads((out_dir / "report.json").read_text()),
+        config={k: v for r in records if r.HasField("config") for k, v in items(r.config.update).items()},
+        history=[items(r.history.item) for r in records if r.HasField("history")],
+        summary={k: v for r in records if r.HasField("summary") for k, v in items(r.summary.update).items()},
+        artifacts=[r.artifact for r in records if r.HasField("artifact")],
+    )
+
+
+def test_nothing_is_asked(run):
+    printed = run.ended.output + run.ended.errors
+    for word in ("wandb login", "API key", "Enter your choice", "authorize"):
+        assert word not in printed
+
+
+def test_config_holds_arguments_scheme_and_memory(run):
+    logged = run.config["arguments"]
+    expected = run.arguments | {name: str(run.arguments[name]) for name in ("data_dir", "scheme", "out_dir")}
+    assert {name: logged[name] for name in expected} == expected
+    assert (logged["mcu"], logged["logger"]) == ("stm32f746", "wandb")  # defaults too
+    assert UpdateScheme.from_dict(run.config["scheme"]) == UpdateScheme.load(run.arguments["scheme"])
+    memory = run.config["memory"]
+    assert (memory["mcu"], memory["budget_bytes"]) == ("stm32f746", 288 * 1024)
+    for name in ("extra_memory_bytes", "peak_memory_bytes", "autograd_bytes_per_sample", "fits"):
+        assert memory[name] == run.report[name]
+
+
+def test_history_holds_the_curves(run):
+    losses = [row["train/loss"] for row in run.history if "train/loss" in row]
+    top1 = [row["val/top1"] for row in run.history if "val/top1" in row]
+    assert len(losses) == 1  # 12 steps, every tenth is logged
+    assert len(top1) == 2 + 1  # after every epoch, and of the weights that are tested
+    assert top1[-1] == run.report["val_top1"]
+
+
+def test_summary_holds_the_results(run):
+    assert run.summary["top1"] == run.report["top1"]
+    assert run.summary["peak_memory_bytes"] == run.report["peak_memory_bytes"]
+
+
+def test_memory_picture(run):
+    (row,) = (row for row in run.history if "memory/path" in row)
+    assert row["memory/_type"] == "image-file"
+    picture = (run.files / row["memory/path"]).read_bytes()
+    assert hashlib.sha256(picture).hexdigest() == row["memory/sha256"]
+    assert picture == (run.out_dir / "memory.png").read_bytes()
+
+
+def test_confusion_matrix(run):
+    (row,) = (row for row in run.history if "test/confusion_matrix_table/path" in row)
+    table = json.loads((run.files / row["test/confusion_matrix_table/path"]).read_text())
+    assert table["columns"] == ["Actual", "Predicted", "nPredictions"]
+    assert len(table["data"]) == 10 * 10
+    assert {actual for actual, _, _ in table["data"]} == {f"class {number}" for number in range(10)}
+    assert sum(count for *_, count in table["data"]) == run.report["test_samples"]
+    right = sum(count for actual, predicted, count in table["data"] if actual == predicted)
+    assert right / run.report["test_samples"] == pytest.approx(run.report["top1"])
+
+
+def test_scheme_is_an_artifact(run):
+    (artifact,) = (artifact for artifact in run.artifacts if artifact.type == "update-scheme")
+    (entry,) = artifact.manifest.contents
+    assert entry.path == "scheme.json"
+    digest = b64encode(hashlib.md5((run.out_dir / "scheme.json").read_bytes()).digest()).decode()
+    assert entry.digest == digest
+    assert UpdateScheme.from_dict(json.loads(artifact.metadata)) == UpdateScheme.load(run.arguments["scheme"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_no_file_holds_a_key(command, tiny_run, as_words, monkeypatch, tmp_path):
+    """The key of a user who is logged in, here in the environment, is in no file that a run writes."""
+    key = "0123456789abcdef" * 2 + "01234567"
+    for name, value in {"WANDB_API_KEY": key, "WANDB_MODE": "offline", "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    arguments = tiny_run("train_cifar") | {"epochs": 1, "logger": "wandb", "out_dir": tmp_path / "out"}
+    ended = command("train_cifar", *as_words(arguments))
+    wandb.teardown()
+    assert ended.status == 0, ended.errors
+    assert list(tmp_path.glob("out/wandb/offline-run-*/run-*.wandb"))
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or key.encode() not in path.read_bytes(), path
+    assert key not in ended.output + ended.errors

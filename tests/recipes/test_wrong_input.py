@@ -1,0 +1,383 @@
+"""Wrong input gets one clear line and exit status 2, and nothing is written, nor written over."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from microtune.modules.mobilenet_v2 import mobilenet_v2
+
+NETWORK = "mobilenet_v2-w0.35"
+EXPANSION, EARLY = "features.17.conv.0.0", "features.2.conv.0.0"
+SCHEME = {"network": NETWORK, "bias_depth": 3, "weights": {EXPANSION: 0.5}}
+
+
+def all_files(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An own current folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def refused(command, here):
+    """Asserts that a recipe refuses these words with one line, which matches, and writes nothing; returns the line."""
+
+    def check(message, recipe, *words):
+        before = all_files(here)
+        ended = command(recipe, *words)
+        assert ended.status == 2
+        assert ended.output == ""
+        assert ended.errors.startswith(f"{recipe}.py: error: ")
+        assert ended.errors.count("\n") == 1
+        assert re.search(message, ended.errors), ended.errors
+        assert all_files(here) == before
+        return ended.errors
+
+    return check
+
+
+@pytest.fixture
+def cifar_words(tiny_run, as_words):
+    """A run of ``train_cifar`` that would end well."""
+    return as_words(tiny_run("train_cifar") | {"epochs": 1, "out_dir": "out"})
+
+
+def test_the_run_without_a_mistake_ends_well(cifar_words, command, here):
+    (here / "scheme.json").write_text(json.dumps(SCHEME))
+    assert command("train_cifar", *cifar_words, "--scheme", "scheme.json").status == 0
+    assert (here / "out/report.json").exists()
+
+
+SCHEMES = {
+    "unknown layer": ({"weights": {"features.99": 1.0}}, r"layer features\.99 is no convolution of the network"),
+    "ratio 0": ({"weights": {EXPANSION: 0}}, rf"update ratio of {EXPANSION} is 0: give a number in \(0, 1\]"),
+    "ratio above 1": ({"weights": {EXPANSION: 1.5}}, r"is 1\.5: give a number in \(0, 1\]"),
+    "negative ratio": ({"weights": {EXPANSION: -0.5}}, r"is -0\.5: give a number in \(0, 1\]"),
+    "ratio NaN": ({"weights": {EXPANSION: float("nan")}}, r"is nan: give a number in \(0, 1\]"),
+    "ratio infinite": ({"weights": {EXPANSION: float("inf")}}, r"is inf: give a number in \(0, 1\]"),
+    "ratio in words": ({"weights": {EXPANSION: "half"}}, r"is 'half': give a number in \(0, 1\]"),
+    "ratio true": ({"weights": {EXPANSION: True}}, r"is True: give a number in \(0, 1\]"),
+    "ratio of no channel": ({"weights": {EXPANSION: 0.001}}, "0.001 of .* is none of its 56 input channels: give at l"),
+    "weights as a list": ({"weights": [EXPANSION]}, "weights is .*: give a mapping"),
+    "outside the bias depth": ({"weights": {EARLY: 1.0}}, f"{EARLY} .* outside bias_depth 3: give at least 48"),
+    "channel doubled": ({"channels": {EXPANSION: [1, 2, 1]}}, f"channel 1 of {EXPANSION} stands there twice"),
+    "channel too high": ({"channels": {EXPANSION: [56]}}, "channel 56 of .* its input channels are 0 to 55"),
+    "channel negative": ({"channels": {EXPANSION: [-1]}}, "channel -1 of .* is no channel index"),
+    "channel a fraction": ({"channels": {EXPANSION: [0.5]}}, r"channel 0\.5 of .* is no channel index"),
+    "no channels": ({"channels": {EXPANSION: []}}, "give a list of at least one channel index"),
+    "channels without weight": ({"channels": {EARLY: [1]}}, f"channels of {EARLY} are fixed, but it is not among"),
+    "unknown key": ({"bias": 3}, "unknown key 'bias': an update scheme has network, bias_depth, weights, channels"),
+    "bias depth too large": ({"bias_depth": 52}, "bias_depth is 52, but the network has no more than 51"),
+    "bias depth negative": ({"bias_depth": -1}, "bias_depth is -1: give"),
+    "bias depth a fraction": ({"bias_depth": 2.5}, r"bias_depth is 2\.5: give"),
+    "another network": ({"network": "resnet18"}, f"the scheme is for resnet18, but the network is {NETWORK}"),
+    "another width": ({"network": "mobilenet_v2-w0.5"}, "the scheme is for mobilenet_v2-w0.5, but the network is"),
+    "network no name": ({"network": 3}, "network is 3: give the network's name"),
+}
+
+
+@pytest.mark.parametrize("mistake", SCHEMES)
+def test_scheme(mistake, refused, cifar_words, here):
+    changes, message = SCHEMES[mistake]
+    (here / "scheme.json").write_text(json.dumps(SCHEME | changes))
+    line = refused(message, "train_cifar", *cifar_words, "--scheme", "scheme.json")
+    assert "scheme.json: " in line
+
+
+WHOLE = json.dumps(SCHEME, indent=2).encode()
+FILES = {
+    "truncated": (WHOLE[:-20], "not valid JSON, perhaps cut off"),
+    "malformed": (b"bias_depth: 3", "not valid JSON"),
+    "empty": (b"", "not valid JSON"),
+    "binary": (bytes(range(256)), "this is a binary file, not an update scheme in JSON"),
+    "a list": (b"[1, 2]", "an update scheme is a JSON object with the keys"),
+    "a key twice": (WHOLE[:-2] + b', "bias_depth": 4}', "key 'bias_depth' stands there twice"),
+    "a key missing": (b'{"network": "x", "weights": {}}', "key 'bias_depth' is missing"),
+    "nested deeply": (b"[" * 100_000, "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("recipe", ["train_cifar", "report_memory", "benchmark_step"])
+@pytest.mark.parametrize("kind", FILES)
+def test_scheme_file(kind, recipe, refused, cifar_words, here):
+    content, message = FILES[kind]
+    (here / "scheme.json").write_bytes(content)
+    words = {
+        "train_cifar": cifar_words,
+        "report_memory": ["--mcu", "stm32f746", "--resolution", "32"],
+        "benchmark_step": ["--resolution", "32"],
+    }[recipe]
+    line = refused(f"scheme.json: .*{message}", recipe, *words, "--scheme", "scheme.json")
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.json", "nowhere.json: cannot read the update scheme: No such file"),
+        (
+            "smallest",
+            "unknown scheme 'smallest': give a JSON file or one of classifier, biases, last_layers, sub_tensor",
+        ),
+        (".", "cannot read the update scheme: Is a directory"),
+    ],
+)
+def test_scheme_that_is_not_there(name, message, refused, cifar_words):
+    refused(message, "train_cifar", *cifar_words, "--scheme", name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--mcu", "stm32f747"],
+            r"unknown microcontroller 'stm32f747' \(did you mean stm32f746\?\): known are stm32f746",
+        ),
+        (["--mcu", "pdp11"], "unknown microcontroller 'pdp11': known are .*; describe any other by sram_bytes"),
+        (["--mcu", "null"], "no microcontroller: give sram_bytes or one of the names"),
+        (["--sram_bytes", "1000"], "reserve_bytes of stm32f746 is 32768, but its SRAM has 1000 bytes"),
+        (["--sram_bytes", "-1"], "sram_bytes of stm32f746 is -1: give a positive number"),
+        (["--flash_bytes", "0"], "flash_bytes of stm32f746 is 0: give a positive number"),
+        (["--reserve_bytes", "-5"], "reserve_bytes of stm32f746 is -5: give 0 or more"),
+    ],
+)
+def test_microcontroller(words, message, refused, cifar_words):
+    refused(message, "train_cifar", *cifar_words, *words)
+    refused(
+        message, "report_memory", *(["--mcu", "stm32f746"] if words[0] != "--mcu" else []), *words, "--scheme", "full"
+    )
+
+
+def test_budget_below_the_smallest_scheme(refused, cifar_words):
+    words = ["--resolution", "96", "--sram_bytes", "131072"]
+    for scheme in ("sub_tensor", "classifier", "full"):
+        line = refused("one training step needs", "train_cifar", *cifar_words, *words, "--scheme", scheme)
+        assert "stm32f746 has 96.0 KiB (128.0 KiB less a reserve of 32.0 KiB)" in line
+        assert "even the classifier alone needs 130.4 KiB at 96 px; the largest resolution that fits is 80 px" in line
+        assert "--allow_oversize" in line
+
+
+def test_budget_below_any_resolution(refused, cifar_words):
+    words = ["--sram_bytes", "40000", "--scheme", "classifier"]
+    refused("no smaller resolution would do: take a narrower network", "train_cifar", *cifar_words, *words)
+
+
+def write_weights(folder):
+    torch.save(mobilenet_v2(0.5).state_dict(), folder / "wider.pth")
+    torch.save({"state_dict": {}, "hyper_parameters": {"network": {"padding": "symmetric"}}}, folder / "empty.ckpt")
+    torch.save({"state_dict": {}}, folder / "foreign.ckpt")
+    np.savez(folder / "other.npz", weights=np.zeros(3))
+    (folder / "cut.pth").write_bytes((folder / "wider.pth").read_bytes()[:5000])
+    (folder / "text.h5").write_text("no weights")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("wider.pth", r"is \(16, 96, 1, 1\) in weights wider\.pth and \(8, 96|build the network with the width"),
+        ("cut.pth", r"weights file cut\.pth cannot be read .*: it is cut short"),
+        ("text.h5", r"weights file text\.h5 cannot be read"),
+        ("other.npz", r"weights file other\.npz has no array Conv1/kernel"),
+        ("empty.ckpt", r"weights file empty\.ckpt has no tensor net\.features\.0\.0\.weight"),
+        ("foreign.ckpt", r"checkpoint foreign\.ckpt says padding None"),
+        ("nowhere.npz", r"weights file nowhere\.npz does not exist: give none, torchvision, or a \.pth"),
+        ("imagenet", r"weights 'imagenet' are unknown: give none, torchvision, or a \.pth"),
+    ],
+)
+def test_weights(file, message, refused, cifar_words, here):
+    write_weights(here)
+    refused(message, "train_cifar", *cifar_words, "--weights", file)
+
+
+def test_real_weights_of_another_width(shared_data, refused, cifar_words):
+    weights = shared_data / "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"
+    message = r"features\.\S+ is \(.*\) in weights .*npz and \(.*\) in the network: build the network with the width"
+    refused(message, "train_cifar", *cifar_words, "--width", "0.5", "--weights", weights)
+
+
+def test_missing_cifar_says_how_to_get_it(refused, cifar_words):
+    line = refused(
+        r"nowhere/cifar-10-batches-py does not exist: give --download true, or unpack https://\S+cifar-10-python\.tar\.gz",
+        *("train_cifar", *cifar_words, "--data_dir", "nowhere"),
+    )
+    assert "in nowhere" in line
+
+
+def test_cifar_with_wrong_contents(refused, cifar_words, tiny_cifar, here):
+    shutil.copytree(tiny_cifar, here / "data")
+    (here / "data/cifar-10-batches-py/data_batch_3").write_bytes(b"no pickle")
+    message = r"data_batch_3 is not a CIFAR file \(.*\): delete data/cifar-10-batches-py and give --download true"
+    refused(message, "train_cifar", *cifar_words, "--data_dir", "data")
+    (here / "data/cifar-10-batches-py/data_batch_3").unlink()
+    refused("data_batch_3 is missing", "train_cifar", *cifar_words, "--data_dir", "data")
+
+
+@pytest.fixture
+def folder_words(tiny_run, as_words):
+    return as_words(tiny_run("train_image_folder") | {"epochs": 1, "out_dir": "out"})
+
+
+def test_missing_image_folder(refused, folder_words):
+    message = r"nowhere is not a folder: give one with a folder per class with its images, or train/ and test/"
+    refused(message, "train_image_folder", *folder_words, "--data_dir", "nowhere")
+    refused("data_dir", "train_image_folder", "--epochs", "1")
+
+
+def test_image_folder_with_something_else(refused, folder_words, tiny_images, here):
+    shutil.copytree(tiny_images, here / "pictures")
+    (here / "pictures/red/notes.txt").write_text("not a picture")
+    words = [*folder_words, "--data_dir", "pictures"]
+    refused(
+        r"pictures/red/notes\.txt is not an image file: remove it or give --skip_broken", "train_image_folder", *words
+    )
+    (here / "pictures/red/notes.txt").rename(here / "pictures/notes.txt")
+    (here / "pictures/empty").mkdir()
+    refused(r"class folder pictures/empty has 0 images", "train_image_folder", *words)
+
+
+def test_broken_image_is_one_line_too(command, folder_words, tiny_images, here):
+    """It is found only when its turn comes, so that the run's folder is there by then."""
+    shutil.copytree(tiny_images, here / "pictures")
+    for path in (here / "pictures/red").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    ended = command("train_image_folder", *folder_words, "--data_dir", "pictures")
+    assert ended.status == 2
+    last = ended.errors.splitlines()[-1]
+    assert re.search(r"pictures/red/\d\d\.png cannot be read as an image .*--skip_broken", last)
+    assert "Traceback" not in ended.errors
+    for path in (here / "pictures/red").iterdir():
+        Image.new("RGB", (30, 30)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs", "0"], "epochs is 0: give 1 or more"),
+        (["--epochs", "-1"], "epochs is -1: give 1 or more"),
+        (["--batch_size", "0"], "batch_size 0 is not positive"),
+        (["--accumulate_batches", "0"], "accumulate_batches is 0: give 1 or more"),
+        (["--num_workers", "-1"], "num_workers is -1: give 0 or more"),
+        (["--seed", "-1"], "seed is -1: give 0 or more"),
+        (["--learning_rate", "-0.1"], r"learning_rate is -0\.1: give 0 or more"),
+        (["--momentum", "1.5"], r"momentum is 1\.5: give 0 or more, at most 1"),
+        (["--weight_decay", "-1"], r"weight_decay is -1\.0: give 0 or more"),
+        (["--label_smoothing", "2"], "label_smoothing is 2.0: give 0 or more, at most 1"),
+        (["--warmup_fraction", "-0.1"], r"warmup_fraction is -0\.1: give 0 or more, at most 1"),
+        (["--gradient_clip_norm", "-1"], r"gradient_clip_norm is -1\.0: give 0 or more"),
+        (["--resolution", "0"], "resolution 0 is not positive"),
+        (["--width", "0"], "width 0.0 is not in"),
+        (["--epochs", "many"], "epochs.*Expected a <class 'int'>. Got value: many"),
+        (["--epochs", "1.5"], "epochs.*Expected a <class 'int'>. Got value: 1.5"),
+        (["--learning_rate", "nan"], "learning_rate.* nan"),
+        (["--width", "nan"], "width.*Got value: nan"),
+        (["--optimizer", "lion"], "optimizer.*lion"),
+        (["--classes", "20"], "classes.*Got value: 20"),
+        (["--allow_oversize", "maybe"], "allow_oversize.*maybe"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--mcu.reserve_bytes", "3"], "mcu.*reserve_bytes"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--epochs"], "argument --epochs: expected one argument"),
+        (["--config", "nowhere.yaml"], "config.*File does not exist"),
+        (["--resume"], "there is no run in out: start it without --resume"),
+    ],
+)
+def test_argument(words, message, refused, cifar_words):
+    refused(message, "train_cifar", *cifar_words, *words)
+
+
+def test_resume_needs_a_folder(refused, tiny_run, as_words):
+    refused(
+        "--resume goes on with the run in a folder: give it with --out_dir",
+        *("train_cifar", *as_words(tiny_run("train_cifar")), "--resume"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("accelerator", "abacus", "invalid accelerator name"),
+        ("devices", "0", "not a valid input using cpu accelerator"),
+        ("strategy", "luck", "invalid strategy name"),
+        ("precision", "3", "Precision '3' is invalid"),
+    ],
+)
+def test_what_lightning_refuses(option, value, message, command, cifar_words, here):
+    ended = command("train_cifar", *cifar_words, f"--{option}", value)
+    assert (ended.status, ended.output) == (2, "")
+    assert ended.errors.count("\n") == 1
+    assert message in ended.errors
+    assert list((here / "out").iterdir()) == []  # so that the same command, corrected, can run
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epochs: 1\nepoch: 3\n", "Option 'epoch' is not accepted"),
+        (b"epochs: [1\n", "Problems parsing config"),
+        (b"epochs: many\n", "epochs.*many"),
+        (bytes(range(128, 256)), "the file of --config is binary"),
+    ],
+)
+def test_configuration_file(content, message, refused, cifar_words, here):
+    (here / "config.yaml").write_bytes(content)
+    refused(message, "train_cifar", "--config", "config.yaml", *cifar_words)
+
+
+def test_folder_that_is_a_file_or_cannot_be_made(refused, cifar_words, here):
+    (here / "file").write_text("mine")
+    refused("file cannot be a run's folder", "train_cifar", *cifar_words, "--out_dir", "file")
+    refused("cannot be a run's folder", "train_cifar", *cifar_words, "--out_dir", "file/run")
+    refused("cannot be a run's folder", "train_cifar", *cifar_words, "--out_dir", "/proc/run")
+
+
+def test_diverged_run_says_so(command, cifar_words, here):
+    ended = command("train_cifar", *cifar_words, "--learning_rate", "1e30", "--epochs", "2")
+    assert ended.status == 2
+    assert "training diverged" in ended.errors.splitlines()[-1]
+    assert not (here / "out/report.json").exists()
+
+
+def test_other_recipes(refused, scheme_file, here):
+    refused("unknown microcontroller 'pdp11'", "quickstart", "--mcu", "pdp11", "--out_dir", "out")
+    refused("seeds is 0: give 1 or more", "quickstart", "--seeds", "0", "--out_dir", "out")
+    (here / "mine").mkdir()
+    (here / "mine/notes.txt").write_text("mine")
+    refused("mine is not empty", "quickstart", "--out_dir", "mine")
+    words = ["--scheme", scheme_file, "--resolution", "32"]
+    refused("rounds is 0: give 1 or more", "benchmark_step", *words, "--rounds", "0")
+    refused("batch_size is 0: give 1 or more", "benchmark_step", *words, "--batch_size", "0")
+    refused("threads is 0: give 1 or more", "benchmark_step", *words, "--threads", "0")
+    refused("resolution is 0: give 1 or more", "benchmark_step", "--scheme", scheme_file, "--resolution", "0")
+    refused(
+        "resolution is -8: give 1 or more", "report_memory", "--scheme", "full", "--mcu", "rp2040", "--resolution", "-8"
+    )
+    refused(
+        "optimizer_state.*lion", "report_memory", "--scheme", "full", "--mcu", "rp2040", "--optimizer_state", "lion"
+    )
+    refused("gradient_bytes is 0", "report_memory", "--scheme", "full", "--mcu", "rp2040", "--gradient_bytes", "0")
+
+
+def test_exit_status_of_the_process(process, tmp_path):
+    """One line on standard error, nothing on standard output: also seen from outside."""
+    ended = process("train_cifar", "--data_dir", tmp_path / "nowhere", "--out_dir", tmp_path / "out")
+    assert (ended.status, ended.output) == (2, "")
+    assert ended.errors.startswith(f"train_cifar.py: error: {tmp_path}/nowhere/cifar-10-batches-py does not exist")
+    assert ended.errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saved_configuration_is_yaml_of_plain_values(cifar_words, command, here):
+    command("train_cifar", *cifar_words)
+    values = yaml.safe_load((here / "out/config.yaml").read_text())
+    assert all(value is None or isinstance(value, bool | int | float | str) for value in values.values())
