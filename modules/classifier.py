@@ -8,33 +8,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from microtune.modules.batch_norm_folding import fold_batch_norm
-from microtune.modules.mobilenet_v2 import mobilenet_v2
+from microtune.modules.mobilenet_v2 import build_network
 
 OptimizerName = Literal["sgd", "adamw"]
-
-
-def build_network(
-    *,
-    width: float,
-    num_classes: int,
-    in_channels: int = 3,
-    head_convolution: bool = False,
-    padding: Literal["symmetric", "keras"] = "symmetric",
-    folded: bool = False,
-) -> nn.Module:
-    """A MobileNetV2 with fresh weights, as the hyperparameters of a checkpoint describe it.
-
-    Args:
-        width, num_classes, in_channels, head_convolution, padding: As in ``mobilenet_v2``.
-        folded: Whether its batch norm is folded.
-
-    Example::
-
-        build_network(width=0.35, num_classes=10, folded=True)
-    """
-    network = mobilenet_v2(width, num_classes, in_channels, head_convolution, padding)
-    return fold_batch_norm(network, (in_channels, 64, 64)) if folded else network
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:

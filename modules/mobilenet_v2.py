@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import MobileNet_V2_Weights, MobileNetV2
 
+from microtune.modules.batch_norm_folding import fold_batch_norm
 from microtune.modules.keras_weights import read_keras_weights
 from microtune.modules.user_error import UserError
 
@@ -123,6 +124,29 @@ def _pad_as_keras(network: MobileNetV2) -> None:
             parent = name.rpartition(".")[0]
             children = OrderedDict(pad=KerasPadding(), **dict(network.get_submodule(parent).named_children()))
             network.set_submodule(parent, nn.Sequential(children))
+
+
+def build_network(
+    *,
+    width: float,
+    num_classes: int,
+    in_channels: int = 3,
+    head_convolution: bool = False,
+    padding: Padding = "symmetric",
+    folded: bool = False,
+) -> nn.Module:
+    """A MobileNetV2 with fresh weights, as the hyperparameters of a checkpoint describe it.
+
+    Args:
+        width, num_classes, in_channels, head_convolution, padding: As in ``mobilenet_v2``.
+        folded: Whether its batch norm is folded.
+
+    Example::
+
+        build_network(width=0.35, num_classes=10, folded=True)
+    """
+    network = mobilenet_v2(width, num_classes, in_channels, head_convolution, padding)
+    return fold_batch_norm(network, (in_channels, 64, 64)) if folded else network
 
 
 def network_name(width: float, head_convolution: bool) -> str:

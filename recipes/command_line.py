@@ -75,8 +75,3 @@ def check_at_least_one(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: give 1 or more")
-
-
-def arguments_as_yaml(main: Callable[..., Any], arguments: dict[str, Any]) -> str:
-    """The arguments of a recipe's ``main`` as a file for ``--config``."""
-    return auto_parser(main, as_positional=False).dump(arguments)

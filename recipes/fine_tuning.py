@@ -1,5 +1,6 @@
 """The job that all training recipes share: fine-tune a network under a scheme that fits a microcontroller."""
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -15,9 +16,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.modules.batch_norm_folding import fold_batch_norm
 from microtune.modules.channel_choice import ChannelChoice
-from microtune.modules.classifier import Classifier, OptimizerName, build_network
+from microtune.modules.classifier import Classifier, OptimizerName
 from microtune.modules.microcontrollers import Microcontroller, microcontroller
-from microtune.modules.mobilenet_v2 import load_weights, padding_of_weights, weights_are_folded
+from microtune.modules.mobilenet_v2 import build_network, load_weights, padding_of_weights, weights_are_folded
 from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.scheme_application import Method
 from microtune.modules.update_scheme import UpdateScheme
@@ -34,6 +35,8 @@ from microtune.recipes.run_folder import (
     refuse_another_run,
     wandb_run,
 )
+
+log = logging.getLogger(__name__)
 
 RANGES = {
     "epochs": (1, math.inf),
@@ -59,7 +62,7 @@ def fine_tune(
     batch_size: int,
     seed: int,
     scheme: str = "sub_tensor",
-    mcu: str | None = "stm32f746",
+    mcu: str | None = None,
     network: NetworkName = "mobilenet_v2",
     width: float = 0.35,
     head_convolution: bool = False,
@@ -98,7 +101,7 @@ def fine_tune(
         seed: Of the fresh classifier, the order of the samples and their augmentation.
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits the
             microcontroller) or full; none trains everything with batch norm, which no microcontroller does.
-        mcu: Microcontroller that a training step must fit.
+        mcu: Microcontroller that a training step must fit; by default stm32f746, unless sram_bytes describes another.
         network: Its architecture.
         width: Multiplier of its channels.
         head_convolution: Whether the network has its last 1x1 convolution.
@@ -129,7 +132,8 @@ def fine_tune(
     check_ranges(arguments)
     data.prepare_data()
     data.setup()
-    device = microcontroller(mcu, sram_bytes, flash_bytes, reserve_bytes)
+    default_mcu = "stm32f746" if sram_bytes is None else None
+    device = microcontroller(mcu or default_mcu, sram_bytes, flash_bytes, reserve_bytes)
     padding = padding_of_weights(weights)
     described = describe_network(width, resolution, data.num_classes, data.in_channels, head_convolution, padding)
     peak_memory = PeakMemory(
@@ -141,6 +145,9 @@ def fine_tune(
     if update_scheme is not None and not allow_oversize:
         remedy = "or give --allow_oversize to train anyway"
         refuse_oversize(peak_memory, update_scheme, device, described.network, remedy)
+
+    if update_scheme is not None and weights == "none":
+        log.warning("a scheme updates little of a network that has learnt nothing: give --weights, or --scheme none")
 
     seed_everything(seed, verbose=False)
     default_rate = 1e-3 if optimizer == "adamw" else 0.1 / 256 * batch_size * accumulate_batches
@@ -161,22 +168,16 @@ def fine_tune(
     callbacks = [ModelCheckpoint(out_dir, "last", save_on_train_epoch_end=True, enable_version_counter=False)]
     if update_scheme is not None:
         callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
-    try:
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            precision=precision,
-            max_epochs=epochs,
-            accumulate_grad_batches=accumulate_batches,
-            gradient_clip_val=gradient_clip_norm,
-            logger=False,
-            log_every_n_steps=10,
-            callbacks=callbacks,
-            enable_model_summary=False,
-        )
-    except (ValueError, TypeError, MisconfigurationException) as error:
-        raise UserError(f"accelerator, devices, strategy or precision: {error}") from error
+    trainer = make_trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        precision=precision,
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate_batches,
+        gradient_clip_val=gradient_clip_norm,
+        callbacks=callbacks,
+    )
     memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
     loggers = trainer.loggers = make_loggers(logger, out_dir, recipe)
     log_run_start(wandb_run(loggers), plain(arguments), update_scheme, memory, out_dir)
@@ -201,6 +202,14 @@ def check_ranges(arguments: dict[str, Any]) -> None:
         value = arguments.get(name)
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}: give {low} or more{'' if high == math.inf else f', at most {high}'}")
+
+
+def make_trainer(**options: Any) -> Trainer:
+    """A Trainer that logs every tenth step, to loggers that are set later: nothing is written if it is refused."""
+    try:
+        return Trainer(logger=False, log_every_n_steps=10, enable_model_summary=False, **options)
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(f"accelerator, devices, strategy or precision: {error}") from error
 
 
 def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, int, int]) -> None:

@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from microtune.modules.classifier import build_network
 from microtune.modules.microcontrollers import Microcontroller
-from microtune.modules.mobilenet_v2 import network_name
+from microtune.modules.mobilenet_v2 import build_network, network_name
 from microtune.modules.operations import NetworkOperations, find_operations
 from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.simple_schemes import (

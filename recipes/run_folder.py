@@ -18,6 +18,7 @@ from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 LoggerName = Literal["wandb", "csv", "none"]
+DEFAULT_FOLDER = "MICROTUNE_RUN_FOLDER"
 # what a resumed run may do differently without ending elsewhere
 MAY_CHANGE = {"resume", "out_dir", "data_dir", "download", "num_workers", "logger", "allow_oversize"}
 
@@ -54,10 +55,17 @@ def open_run_folder(out_dir: Path | None, recipe: str, resume: bool) -> Path:
 
 
 def new_folder(parent: Path) -> Path:
-    """A folder that is not there yet, named by the time; several runs may start in the same second."""
+    """A folder that is not there yet, named by the time; several runs may start in the same second.
+
+    Under DDP the first process chooses, and the others, which it starts, learn it from the environment.
+    """
+    if rank_zero_only.rank != 0 and DEFAULT_FOLDER in os.environ:
+        return Path(os.environ[DEFAULT_FOLDER])
     name = time.strftime("%Y%m%d-%H%M%S")
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(parent / name for name in names if not (parent / name).exists())
+    folder = next(parent / name for name in names if not (parent / name).exists())
+    os.environ[DEFAULT_FOLDER] = str(folder)
+    return folder
 
 
 def refuse_another_run(out_dir: Path, arguments: dict[str, Any], scheme: UpdateScheme | None) -> None:
@@ -124,7 +132,8 @@ def log_run_start(
     if scheme is not None:
         run.config.update({"scheme": scheme.to_dict()}, allow_val_change=True)
         artifact = wandb.Artifact(f"update-scheme-{run.id}", type="update-scheme", metadata=scheme.to_dict())
-        artifact.add_file(str(out_dir / "scheme.json"))
+        # immutable: taken from the run's folder when it is synced, not copied elsewhere first
+        artifact.add_file(str(out_dir / "scheme.json"), policy="immutable", skip_cache=True)
         run.log_artifact(artifact)
         run.log({"memory": wandb.Image(str(out_dir / "memory.png"))})
 

@@ -1,8 +1,14 @@
 """What several tests need."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# the networks of the tests are small, and two busy jobs of two threads each slow one another many times
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.modules.batch_norm_folding import find_batch_norm
-from microtune.modules.classifier import Classifier, build_network, learning_rate_factor
-from microtune.modules.mobilenet_v2 import load_weights
+from microtune.modules.classifier import Classifier, learning_rate_factor
+from microtune.modules.mobilenet_v2 import build_network, load_weights
 from microtune.modules.update_scheme import UpdateScheme
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -76,7 +76,7 @@ def test_config_holds_arguments_scheme_and_memory(run):
     logged = run.config["arguments"]
     expected = run.arguments | {name: str(run.arguments[name]) for name in ("data_dir", "scheme", "out_dir")}
     assert {name: logged[name] for name in expected} == expected
-    assert (logged["mcu"], logged["logger"]) == ("stm32f746", "wandb")  # defaults too
+    assert (logged["optimizer"], logged["logger"]) == ("sgd", "wandb")  # defaults too
     assert UpdateScheme.from_dict(run.config["scheme"]) == UpdateScheme.load(run.arguments["scheme"])
     memory = run.config["memory"]
     assert (memory["mcu"], memory["budget_bytes"]) == ("stm32f746", 288 * 1024)

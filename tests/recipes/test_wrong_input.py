@@ -145,25 +145,28 @@ def test_scheme_that_is_not_there(name, message, refused, cifar_words):
             r"unknown microcontroller 'stm32f747' \(did you mean stm32f746\?\): known are stm32f746",
         ),
         (["--mcu", "pdp11"], "unknown microcontroller 'pdp11': known are .*; describe any other by sram_bytes"),
-        (["--mcu", "null"], "no microcontroller: give sram_bytes or one of the names"),
-        (["--sram_bytes", "1000"], "reserve_bytes of stm32f746 is 32768, but its SRAM has 1000 bytes"),
-        (["--sram_bytes", "-1"], "sram_bytes of stm32f746 is -1: give a positive number"),
+        (["--sram_bytes", "1000"], "reserve_bytes of custom is 32768, but its SRAM has 1000 bytes"),
+        (["--mcu", "stm32f746", "--sram_bytes", "1000"], "reserve_bytes of stm32f746 is 32768, but its SRAM has 1000 bytes"),
+        (["--sram_bytes", "-1"], "sram_bytes of custom is -1: give a positive number"),
         (["--flash_bytes", "0"], "flash_bytes of stm32f746 is 0: give a positive number"),
         (["--reserve_bytes", "-5"], "reserve_bytes of stm32f746 is -5: give 0 or more"),
     ],
 )
 def test_microcontroller(words, message, refused, cifar_words):
     refused(message, "train_cifar", *cifar_words, *words)
-    refused(
-        message, "report_memory", *(["--mcu", "stm32f746"] if words[0] != "--mcu" else []), *words, "--scheme", "full"
-    )
+    named = [] if words[0] in ("--mcu", "--sram_bytes") else ["--mcu", "stm32f746"]
+    refused(message, "report_memory", *named, *words, "--scheme", "full")
+
+
+def test_no_microcontroller(refused):
+    refused("no microcontroller: give sram_bytes or one of the names", "report_memory", "--scheme", "full")
 
 
 def test_budget_below_the_smallest_scheme(refused, cifar_words):
     words = ["--resolution", "96", "--sram_bytes", "131072"]
     for scheme in ("sub_tensor", "classifier", "full"):
         line = refused("one training step needs", "train_cifar", *cifar_words, *words, "--scheme", scheme)
-        assert "stm32f746 has 96.0 KiB (128.0 KiB less a reserve of 32.0 KiB)" in line
+        assert "custom has 96.0 KiB (128.0 KiB less a reserve of 32.0 KiB)" in line
         assert "even the classifier alone needs 130.4 KiB at 96 px; the largest resolution that fits is 80 px" in line
         assert "--allow_oversize" in line
 
