@@ -146,7 +146,10 @@ def test_scheme_that_is_not_there(name, message, refused, cifar_words):
         ),
         (["--mcu", "pdp11"], "unknown microcontroller 'pdp11': known are .*; describe any other by sram_bytes"),
         (["--sram_bytes", "1000"], "reserve_bytes of custom is 32768, but its SRAM has 1000 bytes"),
-        (["--mcu", "stm32f746", "--sram_bytes", "1000"], "reserve_bytes of stm32f746 is 32768, but its SRAM has 1000 bytes"),
+        (
+            ["--mcu", "stm32f746", "--sram_bytes", "1000"],
+            "reserve_bytes of stm32f746 is 32768, but its SRAM has 1000 bytes",
+        ),
         (["--sram_bytes", "-1"], "sram_bytes of custom is -1: give a positive number"),
         (["--flash_bytes", "0"], "flash_bytes of stm32f746 is 0: give a positive number"),
         (["--reserve_bytes", "-5"], "reserve_bytes of stm32f746 is -5: give 0 or more"),
