@@ -50,12 +50,17 @@ LEARNING_RATE = 0.05
 
 
 def main(
-    mcu: str = "rp2040", seeds: int = 3, logger: LoggerName = "wandb", out_dir: Path | None = None
+    mcu: str = "rp2040",
+    head_convolution: bool = False,
+    seeds: int = 3,
+    logger: LoggerName = "wandb",
+    out_dir: Path | None = None,
 ) -> dict[str, Any]:
     """The whole story in minutes, on data that needs no download: which updates fit an MCU, and what they buy.
 
     Args:
         mcu: Microcontroller that the updates shall fit.
+        head_convolution: Whether the network has its last 1x1 convolution.
         seeds: How often each adaptation is repeated, with another fresh classifier and order of samples.
         logger: wandb (offline unless you are logged in), csv or none.
         out_dir: Folder for the report; by default a new one below runs/.
@@ -68,13 +73,13 @@ def main(
     out_dir = open_run_folder(out_dir, "quickstart", resume=False)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    described = describe_network(WIDTH, RESOLUTION, len(NEW_DIGITS), 1, head_convolution=False)
+    described = describe_network(WIDTH, RESOLUTION, len(NEW_DIGITS), 1, head_convolution)
     peak_memory = PeakMemory(described.operations)
     schemes = {name: scheme_by_name_or_file(name, described, peak_memory, device) for name in NAMED_SCHEMES}
     console = Console()
     with Progress(console=console) as progress:
         task = progress.add_task("training on the digits 0 to 4", total=PRETRAINING_EPOCHS)
-        pretrained = pretrain(lambda: progress.advance(task))
+        pretrained = pretrain(described, lambda: progress.advance(task))
         task = progress.add_task("adapting to the digits 5 to 9", total=seeds * len(schemes))
         top1: dict[str, list[float]] = {name: [] for name in schemes}
         for seed in range(seeds):
@@ -108,14 +113,14 @@ def main(
     return report
 
 
-def pretrain(on_epoch_end: Callable[[], None]) -> dict[str, torch.Tensor]:
+def pretrain(described: DescribedNetwork, on_epoch_end: Callable[[], None]) -> dict[str, torch.Tensor]:
     """Trains a network with batch norm on the known digits; returns its state with batch norm folded."""
     seed_everything(0, verbose=False)
-    network = {"width": WIDTH, "num_classes": len(KNOWN_DIGITS), "in_channels": 1}
+    network = {**described.arguments, "num_classes": len(KNOWN_DIGITS), "folded": False}
     module = Classifier(network, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01)
     data = Digits(KNOWN_DIGITS, RESOLUTION, batch_size=32, augment=True)
     quiet_trainer(PRETRAINING_EPOCHS, LambdaCallback(on_train_epoch_end=lambda *_: on_epoch_end())).fit(module, data)
-    return fold_batch_norm(module.net, (1, RESOLUTION, RESOLUTION)).state_dict()
+    return fold_batch_norm(module.net, described.input_shape).state_dict()
 
 
 def adapt(

@@ -120,7 +120,7 @@ def test_adaptation_changes_what_its_scheme_updates(run, monkeypatch):
     monkeypatch.setattr(quickstart, "ADAPTATION_EPOCHS", 1)
     monkeypatch.setattr(quickstart, "PRETRAINING_EPOCHS", 1)
     described = quickstart.describe_network(0.35, 32, 5, 1, head_convolution=False)
-    pretrained = quickstart.pretrain(lambda: None)
+    pretrained = quickstart.pretrain(described, lambda: None)
     modules = []
     original = quickstart.Classifier
     monkeypatch.setattr(
