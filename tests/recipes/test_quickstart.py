@@ -88,7 +88,7 @@ def test_picture(run):
 def test_mean_and_deviation_over_seeds(monkeypatch, capsys, tmp_path):
     """With training left out: the statistics, the table, and the line that says where everything lies."""
     top1 = {0: 0.5, 1: 0.75, 2: 0.7}
-    monkeypatch.setattr(quickstart, "pretrain", lambda on_epoch_end: {})
+    monkeypatch.setattr(quickstart, "pretrain", lambda described, on_epoch_end: {})
     monkeypatch.setattr(quickstart, "adapt", lambda described, pretrained, scheme, seed: top1[seed])
     report = quickstart.main(seeds=3, logger="none", out_dir=tmp_path / "out")
     for row in report["methods"].values():
