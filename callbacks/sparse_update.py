@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from microtune.modules.channel_choice import ChannelChoice, choose_channels
 from microtune.modules.operations import NetworkOperations, find_operations
@@ -35,7 +35,8 @@ class SparseUpdate(Callback):
             largest first, or at random.
         seed: Of the random choice.
         input_shape: Channels, height and width of a sample, to run the network once; by default those of the
-            LightningModule's ``example_input_array``, else the first convolution's channels at 224 x 224.
+            LightningModule's ``example_input_array`` if that is images, else the first convolution's channels
+            at 224 x 224.
 
     Raises:
         UserError: An argument has no such value; the network has batch norm, is built in ``configure_model``, or does
@@ -85,7 +86,11 @@ class SparseUpdate(Callback):
         self._refuse_unsupported(trainer)
         network = find_network(pl_module, self.network)
         refuse_batch_norm(network)
-        operations = find_operations(network, self.input_shape or _input_shape(pl_module, network))
+        input_shape = self.input_shape or _input_shape(pl_module, network)
+        try:
+            operations = find_operations(network, input_shape)
+        except UserError as error:
+            raise UserError(f"{error}; SparseUpdate ran it on {input_shape}, another is its input_shape") from error
         self.scheme.check(operations.convolutions)
         channels = choose_channels(network, self.scheme, operations.convolutions, self.channel_choice, self.seed)
         # weights may still differ between ranks here, and a choice made from them
@@ -169,8 +174,10 @@ def find_network(pl_module: LightningModule, path: str) -> nn.Module:
 
 
 def _input_shape(pl_module: LightningModule, network: nn.Module) -> tuple[int, int, int]:
-    if pl_module.example_input_array is not None:
-        return tuple(pl_module.example_input_array.shape[1:])
+    example = pl_module.example_input_array
+    # the LightningModule's input may be something else than the network's, such as a waveform
+    if isinstance(example, Tensor) and example.ndim == 4:
+        return tuple(example.shape[1:])
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise UserError("the network has no nn.Conv2d: an update scheme is about convolutions")

@@ -97,11 +97,9 @@ class ReproducibleOrder(DistributedSampler):
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         super().__init__(
             dataset,
-            num_replicas=torch.distributed.get_world_size() if distributed else 1,
-            rank=torch.distributed.get_rank() if distributed else 0,
+            *_processes(),
             # The parent shuffles by seed + epoch, under which seed 0 in epoch 1 would be seed 1 in epoch 0.
             seed=int(random_bits(seed, 0, np.array([0]), draws=1)[0, 0] >> np.uint64(2)),
         )
@@ -109,6 +107,36 @@ class ReproducibleOrder(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
         return ((epoch, index) for index in super().__iter__())
+
+
+class EvaluationOrder(DistributedSampler):
+    """The data set's own order, under DDP each process its own part of it, and no sample twice.
+
+    Lightning's own would repeat samples until all processes have as many, and count them twice in the accuracy.
+
+    Args:
+        dataset: a data set with a length.
+
+    Example::
+
+        list(EvaluationOrder(range(5)))  # [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset, *_processes(), shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+
+def _processes() -> tuple[int, int]:
+    """How many processes there are, and the number of this one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
 
 
 def epochs_and_indices(keys: Sequence[Key]) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +205,7 @@ def data_loader(
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=None if shuffle_seed is None else ReproducibleOrder(dataset, shuffle_seed),
+        sampler=EvaluationOrder(dataset) if shuffle_seed is None else ReproducibleOrder(dataset, shuffle_seed),
         num_workers=num_workers,
         collate_fn=collate or _as_it_is,
         pin_memory=torch.cuda.is_available(),

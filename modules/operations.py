@@ -23,7 +23,7 @@ class Convolution:
         padded_size: Height and width of the tensor that PyTorch hands to it; differs from ``in_size`` where a padding
             module stands before it, as in Keras' networks.
         out_size: Height and width of its output.
-        has_bias: Whether it has a bias.
+        has_bias: Whether it has a bias, or gets one when the batch norm behind it is folded.
     """
 
     name: str
@@ -41,6 +41,11 @@ class Convolution:
     def is_depthwise(self) -> bool:
         """Whether each group has one input channel."""
         return self.groups == self.in_channels and self.groups > 1
+
+    @property
+    def bias_elements(self) -> int:
+        """Elements of the bias; 0 without one."""
+        return self.out_channels * self.has_bias
 
     @property
     def out_elements(self) -> int:
@@ -64,6 +69,8 @@ class Operation:
         output: Index into ``NetworkOperations.tensors``.
         layer: Index into ``NetworkOperations.convolutions``, of a convolution.
         activation: PyTorch's name of the non-linearity on its output, such as ``"hardtanh"`` (ReLU6) or ``"relu"``.
+        activation_is_module: Whether an ``nn.ReLU`` or ``nn.ReLU6`` computes it, for which there is a version that
+            stores a mask.
     """
 
     kind: Literal["convolution", "addition", "mean", "max_pool", "linear", "other"]
@@ -72,6 +79,7 @@ class Operation:
     output: int
     layer: int | None = None
     activation: str | None = None
+    activation_is_module: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ class _Recorder(TorchDispatchMode):
         self.linears: list[tuple[str, int, int]] = []
         self.current: list[tuple[str, nn.Module]] = []
         self.index_of_storage: dict[int, int] = {}
+        self.before_activation: dict[int, str] = {}  # storages whose value only the activation may read
         self.keep_alive: list[Any] = [list(parameters)]  # a storage's address is its identity only while it lives
         self._new_tensor(sample)
 
@@ -139,6 +148,9 @@ class _Recorder(TorchDispatchMode):
         tensors = [a for a in flat if isinstance(a, Tensor)]
         pairs = [(t, self.index_of_storage.get(t.untyped_storage().data_ptr())) for t in tensors]
         activations = [(t, index) for t, index in pairs if index is not None]
+        for tensor, _ in activations:
+            if tensor.untyped_storage().data_ptr() in self.before_activation:
+                self._refuse_second_reader(self.before_activation[tensor.untyped_storage().data_ptr()])
         output = result[0] if isinstance(result, tuple | list) else result
         if activations and isinstance(output, Tensor):
             self._record(func.overloadpacket.__name__.removesuffix("_"), activations, output)
@@ -148,12 +160,11 @@ class _Recorder(TorchDispatchMode):
         inputs = tuple(index for _, index in activations)
         shares_storage = output.untyped_storage().data_ptr() == activations[0][0].untyped_storage().data_ptr()
         if op in ACTIVATIONS:
-            for position, operation in enumerate(self.operations):
-                if operation.output == inputs[0]:
-                    self.operations[position] = replace(operation, activation=op)
-            self._alias(output, inputs[0])
+            self._activation(op, activations[0][0], inputs[0], output)
         elif op in ALIASES or (shares_storage and op not in KINDS):
             self._alias(output, inputs[0])
+            if "batch_norm" in op:
+                self._bias_from_batch_norm(inputs[0])
         else:
             kind = KINDS.get(op, "other")
             name, layer = f"{op} {sum(o.kind == kind for o in self.operations)}", None
@@ -163,6 +174,28 @@ class _Recorder(TorchDispatchMode):
                 name, module = self.current[-1]
                 self.linears.append((name, module.in_features, module.out_features))
             self.operations.append(Operation(kind, name, inputs, self._new_tensor(output), layer))
+
+    def _activation(self, op: str, tensor: Tensor, index: int, output: Tensor) -> None:
+        is_module = bool(self.current) and type(self.current[-1][1]) in (nn.ReLU, nn.ReLU6)
+        for position, operation in enumerate(self.operations):
+            if operation.output == index:
+                if any(index in other.inputs for other in self.operations):
+                    self._refuse_second_reader(operation.name)
+                self.operations[position] = replace(operation, activation=op, activation_is_module=is_module)
+                if output.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                    self.before_activation[tensor.untyped_storage().data_ptr()] = operation.name
+        self._alias(output, index)
+
+    def _refuse_second_reader(self, name: str) -> None:
+        raise UserError(
+            f"the output of {name} is read before its activation by something else too: the accounts of memory take "
+            "both as one operation; let the other read what the activation gives"
+        )
+
+    def _bias_from_batch_norm(self, index: int) -> None:
+        for operation in self.operations:
+            if operation.output == index and operation.layer is not None:
+                self.convolutions[operation.layer] = replace(self.convolutions[operation.layer], has_bias=True)
 
     def _convolution(self, tensor: Tensor, index: int, output: Tensor) -> str:
         if not self.current or not isinstance(self.current[-1][1], nn.Conv2d):
@@ -222,7 +255,7 @@ def find_operations(network: nn.Module, input_shape: tuple[int, int, int]) -> Ne
     recorder = _Recorder(sample, network.parameters())
     hooks = []
     for name, module in network.named_modules(remove_duplicate=True):
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) or type(module) in (nn.ReLU, nn.ReLU6):
             hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: recorder.current.append((name, m))))
             hooks.append(module.register_forward_hook(lambda *_: recorder.current.pop() and None))
     try:

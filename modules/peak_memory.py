@@ -7,7 +7,7 @@ channels each layer updates and keeps, so the peaks of many schemes are one matr
 
 import math
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -311,7 +311,7 @@ class _Builder:
         state_bytes = STATE_BYTES[self.options.optimizer_state]
         weights, state = CATEGORIES.index("weights"), CATEGORIES.index("optimizer state")
         updated = list(enumerate(self.network.convolutions))[self.first_updated :]
-        trained = sum(convolution.out_channels for _, convolution in updated) + self._classifier_parameters
+        trained = sum(convolution.bias_elements for _, convolution in updated) + self._classifier_parameters
         self.constant[weights] += 4 * trained
         self.constant[state] += state_bytes * trained
         for layer, convolution in updated:
@@ -377,7 +377,7 @@ class _Builder:
     def _add_weight_gradients(self, position: int, layer: int) -> None:
         convolution = self.network.convolutions[layer]
         category, alive = CATEGORIES.index("weight gradients"), self._alive_weight_gradient(position)
-        self.constant[category, alive] += 4 * convolution.out_channels
+        self.constant[category, alive] += 4 * convolution.bias_elements
         channel_bytes = convolution.weight_elements_per_channel * self.options.gradient_bytes
         self.per_updated_channel[category, alive, layer] += channel_bytes
 
@@ -430,7 +430,7 @@ class _Builder:
 
 
 def largest_resolution_that_fits(
-    network: nn.Module, in_channels: int, microcontroller: Microcontroller, below: int, step: int = 16, **options
+    network: nn.Module, peak_memory: PeakMemory, microcontroller: Microcontroller, below: int, step: int = 16
 ) -> int | None:
     """The largest square input at which at least the classifier's update fits; None if no resolution helps.
 
@@ -438,23 +438,24 @@ def largest_resolution_that_fits(
 
     Args:
         network: Any that ``find_operations`` takes.
-        in_channels: Of its input.
+        peak_memory: Of this network at any resolution, with the options of the training.
         microcontroller: The device.
         below: The resolution that did not fit; only smaller ones are tried.
         step: The resolution is a multiple of it.
-        options: As ``PeakMemory`` takes them.
 
     Example::
 
-        largest_resolution_that_fits(mobilenet_v2(1.0), 3, microcontroller("stm32f746"), below=96)
+        peak_memory = PeakMemory(find_operations(network, (3, 128, 128)))
+        largest_resolution_that_fits(network, peak_memory, microcontroller("stm32f411"), below=128)
     """
     scheme = UpdateScheme("", bias_depth=0)
+    in_channels = peak_memory.operations.tensors[0][0]
     for resolution in range((below - 1) // step * step, 0, -step):
         try:
             operations = find_operations(network, (in_channels, resolution, resolution))
         except UserError:  # too small for its pooling, or a classifier behind a flattened feature map
             continue
-        peak_bytes = PeakMemory(operations, **options).peak_bytes(scheme)
+        peak_bytes = replace(peak_memory, operations=operations).peak_bytes(scheme)
         if Fit(microcontroller, peak_bytes, flash_bytes(operations, scheme)).fits:
             return resolution
     return None

@@ -1,12 +1,13 @@
 """Puts an update scheme into a network, and takes it out again."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from microtune.modules.batch_norm_folding import find_batch_norm
-from microtune.modules.operations import NetworkOperations
+from microtune.modules.operations import Convolution, NetworkOperations
 from microtune.modules.subtensor import MaskedReLU, SubTensorConv2d, by_input_channel, has_subtensor_version
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
@@ -54,6 +55,8 @@ class AppliedScheme:
     ):
         refuse_batch_norm(network)
         scheme.check(operations.convolutions)
+        updated = operations.convolutions[len(operations.convolutions) - scheme.bias_depth :]
+        refuse_computed_weights(network, updated)
         self.network = network
         self.channels = channels
         self.masked_layers: list[str] = []
@@ -65,8 +68,7 @@ class AppliedScheme:
             parameter.grad = None
         for parameter in network.get_submodule(operations.classifier_name).parameters():
             parameter.requires_grad_(True)
-        first = len(operations.convolutions) - scheme.bias_depth
-        for convolution in operations.convolutions[first:]:
+        for convolution in updated:
             self._apply_to_layer(convolution.name, convolution.in_channels, method)
         if method == "sub_tensor":
             for name, module in list(network.named_modules(remove_duplicate=False)):
@@ -157,6 +159,16 @@ class _GradientMask:
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def refuse_computed_weights(network: nn.Module, convolutions: Sequence[Convolution]) -> None:
+    """Raises ``UserError`` if a convolution's weight is no parameter, but computed from others before each call."""
+    for convolution in convolutions:
+        if "weight" not in network.get_submodule(convolution.name)._parameters:
+            raise UserError(
+                f"the weight of {convolution.name} is computed from others (pruning, weight norm): make it permanent "
+                "first, with torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
 
 
 def refuse_batch_norm(network: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -22,9 +23,15 @@ def by_input_channel(weight: Tensor, groups: int) -> Tensor:
 
 
 def has_subtensor_version(convolution: nn.Conv2d) -> bool:
-    """Whether ``SubTensorConv2d`` computes what this convolution computes."""
+    """Whether ``SubTensorConv2d`` computes what this convolution computes; it would not call a user's hooks."""
     plain = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros"
-    return plain and not isinstance(convolution.padding, str)
+    hooks = (
+        convolution._forward_hooks,
+        convolution._forward_pre_hooks,
+        convolution._backward_hooks,
+        convolution._backward_pre_hooks,
+    )
+    return plain and not isinstance(convolution.padding, str) and not any(hooks)
 
 
 class SubTensorConv2d(nn.Module):
@@ -131,6 +138,7 @@ class _SubTensorConvolution(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         kept, weight_slice = ctx.saved_tensors
         wanted = ctx.needs_input_grad

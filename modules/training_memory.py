@@ -4,15 +4,14 @@ MCU bytes (int8 network, batch 1) and autograd bytes (what PyTorch keeps) are tw
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from microtune.modules.operations import Convolution, NetworkOperations, Operation
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
-MASKED = {"relu", "hardtanh"}  # the project's layers keep a mask of these
-KEEP_OUTPUT = {"sigmoid", "tanh"}  # PyTorch's derivatives.yaml; every other activation keeps its input
+KEEP_OUTPUT = {"sigmoid", "tanh", "relu"}  # PyTorch's derivatives.yaml; every other activation keeps its input
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def extra_memory_per_layer(convolutions: Sequence[Convolution], scheme: UpdateSc
 def _layer_extra_memory(convolution: Convolution, updated_channels: int, updates_bias: bool) -> LayerExtraMemory:
     return LayerExtraMemory(
         name=convolution.name,
-        bias_bytes=4 * convolution.out_channels * updates_bias,
+        bias_bytes=4 * convolution.bias_elements * updates_bias,
         mask_bytes=convolution.out_elements / 8 * updates_bias,
         input_bytes=updated_channels * math.prod(convolution.in_size),
         weight_bytes=updated_channels * convolution.weight_elements_per_channel,
@@ -93,7 +92,9 @@ def extra_memory_bytes(convolutions: Sequence[Convolution], classifier_features:
     return sum(layer.total_bytes for layer in layers) + classifier_features
 
 
-def needs_gradient(operations: NetworkOperations, bias_depth: int) -> tuple[bool, ...]:
+def needs_gradient(
+    operations: NetworkOperations, bias_depth: int, weights: Container[str] | None = None
+) -> tuple[bool, ...]:
     """Of every activation, whether the backward pass computes its gradient.
 
     It does for the output of a convolution within the bias depth and for all that is computed from it.
@@ -101,6 +102,8 @@ def needs_gradient(operations: NetworkOperations, bias_depth: int) -> tuple[bool
     Args:
         operations: The network's.
         bias_depth: The biases of the last ``bias_depth`` convolutions are updated.
+        weights: Names of the layers whose weights are updated; without it, a convolution within the bias depth counts
+            as updated even if it has no bias.
 
     Example::
 
@@ -109,8 +112,10 @@ def needs_gradient(operations: NetworkOperations, bias_depth: int) -> tuple[bool
     needed = [False] * len(operations.tensors)
     first_updated = len(operations.convolutions) - bias_depth
     for operation in operations.operations:
-        updates_bias = operation.layer is not None and operation.layer >= first_updated
-        needed[operation.output] = updates_bias or any(needed[index] for index in operation.inputs)
+        updated = operation.layer is not None and operation.layer >= first_updated
+        if updated and weights is not None:
+            updated = operations.convolutions[operation.layer].has_bias or operation.name in weights
+        needed[operation.output] = updated or any(needed[index] for index in operation.inputs)
     return tuple(needed)
 
 
@@ -145,7 +150,7 @@ def autograd_bytes_per_sample(operations: NetworkOperations, scheme: UpdateSchem
         autograd_bytes_per_sample(operations, scheme) * batch_size
     """
     scheme.check(operations.convolutions)
-    needed = needs_gradient(operations, scheme.bias_depth)
+    needed = needs_gradient(operations, scheme.bias_depth, scheme.weights)
     storages: dict[object, int] = {}
     for operation in operations.operations:
         if needed[operation.output] or is_classifier(operations, operation):
@@ -160,7 +165,7 @@ def _kept_storages(
     read, written = operation.inputs[0], operation.output
     read_bytes = math.prod(operations.tensors[read]) * bytes_per_element
     out_elements = math.prod(operations.tensors[written])
-    if operation.activation in MASKED:
+    if operation.activation_is_module:
         yield ("mask", operation.name), out_elements
     elif operation.activation in KEEP_OUTPUT:
         yield written, out_elements * bytes_per_element
@@ -216,7 +221,7 @@ def multiply_accumulates(operations: NetworkOperations, scheme: UpdateScheme) ->
         count.backward / count.forward
     """
     scheme.check(operations.convolutions)
-    needed = needs_gradient(operations, scheme.bias_depth)
+    needed = needs_gradient(operations, scheme.bias_depth, scheme.weights)
     forward = backward = 0
     for operation in operations.operations:
         per_channel, in_channels, updated_channels = _layer_work(operations, operation, scheme)
@@ -255,7 +260,7 @@ def flash_bytes(operations: NetworkOperations, scheme: UpdateScheme) -> int:
     convolutions = operations.convolutions
     scheme.check(convolutions)
     weights = sum((c.in_channels - scheme.updated_channels(c)) * c.weight_elements_per_channel for c in convolutions)
-    biases = sum(c.out_channels for c in convolutions[: len(convolutions) - scheme.bias_depth])
+    biases = sum(c.bias_elements for c in convolutions[: len(convolutions) - scheme.bias_depth])
     for operation in operations.operations:
         if operation.kind == "linear" and not is_classifier(operations, operation):
             outputs = math.prod(operations.tensors[operation.output])

@@ -51,6 +51,10 @@ class UpdateScheme:
         for name, expected in (("weights", Mapping), ("channels", Mapping), ("provenance", Mapping)):
             if not isinstance(getattr(self, name), expected):
                 raise UserError(f"{name} is {getattr(self, name)!r}: give a mapping of names to values")
+        try:
+            json.dumps(dict(self.provenance), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"provenance holds what JSON does not know ({error}): give plain values") from error
         for layer, ratio in self.weights.items():
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
                 raise UserError(f"update ratio of {layer} is {ratio!r}: give a number in (0, 1]")

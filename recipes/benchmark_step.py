@@ -10,7 +10,6 @@ import copy
 import json as json_format
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -20,18 +19,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from microtune.modules.channel_choice import choose_channels
+from microtune.modules.microcontrollers import microcontroller
 from microtune.modules.operations import NetworkOperations
+from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.saved_for_backward import measure_saved_bytes
 from microtune.modules.scheme_application import AppliedScheme
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.recipes.command_line import check_at_least_one, run
-from microtune.recipes.networks import NetworkName, describe_network
+from microtune.recipes.networks import NetworkName, describe_network, scheme_by_name_or_file
 
 METHODS = ("full", "freeze", "mask", "sub_tensor")
 
 
 def main(
-    scheme: Path,
+    scheme: str = "sub_tensor",
+    mcu: str = "stm32f746",
     network: NetworkName = "mobilenet_v2",
     width: float = 0.35,
     resolution: int = 128,
@@ -46,7 +48,8 @@ def main(
     """Times one training step: full update, frozen parameters, masked gradients, sub-tensor layers.
 
     Args:
-        scheme: Update scheme, a JSON file.
+        scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits) or full.
+        mcu: Microcontroller that a scheme given by name shall fit.
         network: Its architecture.
         width: Multiplier of its channels.
         resolution: Height and width of the input in pixels.
@@ -63,7 +66,7 @@ def main(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     described = describe_network(width, resolution, num_classes, in_channels, head_convolution)
-    update_scheme = described.load_scheme(scheme)
+    update_scheme = scheme_by_name_or_file(scheme, described, PeakMemory(described.operations), microcontroller(mcu))
     samples = torch.randn(batch_size, *described.input_shape).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (batch_size,))
     plain = described.network.to(memory_format=torch.channels_last)

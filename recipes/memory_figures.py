@@ -1,5 +1,6 @@
 """What a scheme needs in memory, whether that fits a microcontroller, and the picture of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,14 +38,7 @@ def memory_figures(
     """Both accounts of memory and the work of one step, as plain values for a report."""
     operations = peak_memory.operations
     fit = fit_of(peak_memory, scheme, microcontroller)
-    unordered = PeakMemory(
-        operations,
-        optimizer_state=peak_memory.optimizer_state,
-        reordering=False,
-        gradient_accumulation=peak_memory.gradient_accumulation,
-        depthwise_in_place=peak_memory.depthwise_in_place,
-        gradient_bytes=peak_memory.gradient_bytes,
-    )
+    unordered = replace(peak_memory, reordering=False)
     work = multiply_accumulates(operations, scheme)
     return {
         "mcu": microcontroller.name,
@@ -53,7 +47,7 @@ def memory_figures(
         "extra_memory_bytes": extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme),
         "peak_memory_bytes": fit.peak_bytes,
         "peak_memory_bytes_without_reordering": unordered.peak_bytes(scheme),
-        "forward_only_bytes": peak_memory.floor_bytes,
+        "classifier_only_peak_bytes": peak_memory.floor_bytes,
         "sram_margin_bytes": fit.sram_margin_bytes,
         "flash_bytes": fit.flash_bytes,
         "flash_margin_bytes": fit.flash_margin_bytes,
@@ -92,18 +86,12 @@ def refuse_oversize(
 
 def what_would_fit(peak_memory: PeakMemory, microcontroller: Microcontroller, network: nn.Module) -> str:
     """Where the classifier's update alone does not fit: the largest resolution at which it would."""
-    channels, resolution, _ = peak_memory.operations.tensors[0]
-    options = {
-        "optimizer_state": peak_memory.optimizer_state,
-        "gradient_accumulation": peak_memory.gradient_accumulation,
-        "depthwise_in_place": peak_memory.depthwise_in_place,
-        "gradient_bytes": peak_memory.gradient_bytes,
-    }
-    largest = largest_resolution_that_fits(network, channels, microcontroller, below=resolution, **options)
+    resolution = peak_memory.operations.tensors[0][1]
+    largest = largest_resolution_that_fits(network, peak_memory, microcontroller, below=resolution)
     floor = f"even the classifier alone needs {_kib(peak_memory.floor_bytes)} at {resolution} px"
     if largest is None:
         return f"{floor}, and no smaller resolution would do: take a narrower network"
-    return f"{floor}; the largest resolution that fits is {largest} px: give --resolution {largest}"
+    return f"{floor}; the largest resolution that fits, in steps of 16, is {largest} px: give --resolution {largest}"
 
 
 def highest_moment(timeline: Timeline) -> str:
@@ -141,11 +129,16 @@ def draw_memory(timeline: Timeline, microcontroller: Microcontroller, title: str
         axes.text(x, 0.99, label, transform=axes.get_xaxis_transform(), ha="center", va="top", color="grey")
     highest = int(timeline.total_bytes.argmax())
     peak_kib = timeline.total_bytes[highest] / KIB
+    is_early = highest < len(timeline.moments) / 2
     axes.annotate(
-        f"peak {peak_kib:.1f} KiB\n{timeline.moments[highest]}", (highest, peak_kib), xytext=(8, 4),
-        textcoords="offset points", fontsize=8,
-    )  # fmt: skip
-    axes.set(xlabel="operation", ylabel="bytes alive, KiB", title=title, xlim=(0, len(timeline.moments) - 1))
+        f"peak {peak_kib:.1f} KiB\n{timeline.moments[highest]}",
+        (highest, peak_kib),
+        xytext=(8 if is_early else -8, 4),
+        textcoords="offset points",
+        ha="left" if is_early else "right",
+        fontsize=8,
+    )
+    axes.set(xlabel="operation", ylabel="bytes alive, KiB", title=title, xlim=(-0.5, len(timeline.moments) - 0.5))
     axes.set_ylim(0, 1.2 * max(peak_kib, budget_kib))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     with whole_file(path) as partial:

@@ -122,22 +122,27 @@ def timeline_table(timeline: Timeline, rows: int = 8) -> Table:
 
 def summary(report: dict, device: Microcontroller) -> str:
     """The figures that decide, one per line."""
-    flash = "not checked" if device.flash_bytes is None else f"of {device.flash_bytes / KIB:.0f} KiB"
-    verdict = "fits" if report["fits"] else "does not fit"
+    flash = "not checked"
+    if device.flash_bytes is not None:
+        flash = f"of {device.flash_bytes / KIB:.0f} KiB: {_verdict(report['flash_margin_bytes'])}"
     return "\n".join(
         (
             f"extra memory      {report['extra_memory_bytes'] / KIB:9.1f} KiB",
             f"peak memory       {report['peak_memory_bytes'] / KIB:9.1f} KiB of {device.budget_bytes / KIB:.1f} KiB "
-            f"({device.sram_bytes / KIB:.0f} KiB less a reserve of {device.reserve_bytes / KIB:.0f} KiB): {verdict}, "
-            f"{report['sram_margin_bytes'] / KIB:+.1f} KiB",
+            f"({device.sram_bytes / KIB:.0f} KiB less a reserve of {device.reserve_bytes / KIB:.0f} KiB): "
+            f"{_verdict(report['sram_margin_bytes'])}",
             f"  not reordered   {report['peak_memory_bytes_without_reordering'] / KIB:9.1f} KiB",
-            f"  classifier only {report['forward_only_bytes'] / KIB:9.1f} KiB",
+            f"  classifier only {report['classifier_only_peak_bytes'] / KIB:9.1f} KiB",
             f"flash             {report['flash_bytes'] / KIB:9.1f} KiB {flash}",
             f"autograd, PyTorch {report['autograd_bytes_per_sample'] / KIB:9.1f} KiB per sample",
             f"multiply-accumulates: {report['forward_macs'] / 1e6:.1f} M forward, "
             f"{report['backward_macs'] / 1e6:.1f} M backward",
         )
     )
+
+
+def _verdict(margin_bytes: int) -> str:
+    return f"{'fits' if margin_bytes >= 0 else 'does not fit'}, {margin_bytes / KIB:+.1f} KiB"
 
 
 if __name__ == "__main__":

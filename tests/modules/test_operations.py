@@ -32,7 +32,7 @@ def test_convolutions_are_in_the_order_of_the_calls(build):
         module = network.get_submodule(convolution.name)
         for field in ("in_channels", "out_channels", "kernel_size", "stride", "groups"):
             assert getattr(convolution, field) == getattr(module, field)
-        assert convolution.has_bias is (module.bias is not None)
+        assert convolution.has_bias  # that of the batch norm behind it
     assert operations.classifier_name == "fc"
     assert (operations.classifier_features, operations.classifier_classes) == (network.fc.in_features, 7)
 
@@ -181,3 +181,34 @@ def test_network_without_classifier_is_refused():
 def test_unused_convolutions_are_not_counted():
     network = Calls(lambda n, x: n.conv(x))
     assert [c.name for c in find_operations(network, (3, 4, 4)).convolutions] == ["stem", "conv"]
+
+
+class ReadsTwice(nn.Module):
+    """Reads a convolution's output before its activation, and after it."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.convolution, self.classifier, self.first = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), first
+
+    def forward(self, x):
+        z = self.convolution(x)
+        y = z + 1 if self.first else F.relu(z)
+        y = y + F.relu(z) if self.first else y + z
+        return self.classifier(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_value_read_before_and_after_its_activation_is_refused(first):
+    with pytest.raises(UserError, match="the output of convolution is read before its activation by something else"):
+        find_operations(ReadsTwice(first), (3, 8, 8))
+
+
+def test_bias_and_module_of_the_activation_are_noted():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Hardtanh(0, 6), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+    operations = find_operations(network, (3, 8, 8))
+    assert [convolution.has_bias for convolution in operations.convolutions] == [False, True]
+    activations = [(operation.activation, operation.activation_is_module) for operation in operations.operations[:2]]
+    assert activations == [("relu", True), ("hardtanh", False)]

@@ -199,15 +199,18 @@ def test_wrong_options_and_arrays_are_refused():
 def test_largest_resolution_that_fits():
     network = mobilenet_v2(1.0, num_classes=10)
     device = microcontroller("stm32f746", flash_bytes=8 * 1024 * 1024)
+    peak_memory = PeakMemory(find_operations(network, (3, 128, 128)))
     fitting, next_larger = (PeakMemory(find_operations(network, (3, size, size))).floor_bytes for size in (96, 112))
     assert fitting <= device.budget_bytes < next_larger
-    assert largest_resolution_that_fits(network, 3, device, below=128) == 96
-    assert largest_resolution_that_fits(network, 3, device, below=96) == 80
-    assert largest_resolution_that_fits(network, 3, device, below=96, step=32) == 64
+    assert largest_resolution_that_fits(network, peak_memory, device, below=128) == 96
+    assert largest_resolution_that_fits(network, peak_memory, device, below=96) == 80
+    assert largest_resolution_that_fits(network, peak_memory, device, below=96, step=32) == 64
 
 
 def test_no_resolution_fits_where_the_weights_exceed_the_flash():
     network = mobilenet_v2(1.0, num_classes=10)
-    assert largest_resolution_that_fits(network, 3, microcontroller("stm32f746"), below=96) is None
-    small = microcontroller(sram_bytes=40 * 1024)
-    assert largest_resolution_that_fits(mobilenet_v2(0.35, num_classes=10), 3, small, below=33, step=32) is None
+    peak_memory = PeakMemory(find_operations(network, (3, 96, 96)))
+    assert largest_resolution_that_fits(network, peak_memory, microcontroller("stm32f746"), below=96) is None
+    network, small = mobilenet_v2(0.35, num_classes=10), microcontroller(sram_bytes=40 * 1024)
+    peak_memory = PeakMemory(find_operations(network, (3, 33, 33)))
+    assert largest_resolution_that_fits(network, peak_memory, small, below=33, step=32) is None

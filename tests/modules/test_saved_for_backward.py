@@ -138,3 +138,31 @@ def test_surrounding_no_grad_makes_no_difference():
     network = nn.Linear(6, 6)
     with torch.no_grad():
         assert measure_saved_bytes(network, torch.randn(5, 6)) == 5 * 6 * 4
+
+
+class FunctionalNetwork(nn.Module):
+    """Activations as functions, which store floats, and convolutions without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, bias=False)
+        self.second = nn.Conv2d(8, 8, 1)
+        self.third = nn.Conv2d(8, 8, 1, bias=False)
+        self.classifier = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = nn.functional.relu(self.first(x))
+        x = nn.functional.relu6(self.second(x))
+        return self.classifier(torch.sigmoid(self.third(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bias_depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("ratios", [{}, {"third": 0.5}, {"third": 1.0, "second": 0.25}, {"first": 1.0, "second": 1.0}])
+def test_functions_and_missing_biases_are_in_the_account(bias_depth, ratios):
+    network, samples = FunctionalNetwork(), torch.randn(2, 3, 10, 10)
+    operations = find_operations(network, (3, 10, 10))
+    names = [convolution.name for convolution in operations.convolutions]
+    within = names[len(names) - bias_depth :]
+    scheme = UpdateScheme("", bias_depth, {name: ratio for name, ratio in ratios.items() if name in within})
+    AppliedScheme(network, scheme, operations, choose_channels(network, scheme, operations.convolutions))
+    assert measure_saved_bytes(network, samples) == 2 * autograd_bytes_per_sample(operations, scheme)

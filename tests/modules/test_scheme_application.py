@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -430,3 +431,18 @@ def test_a_copy_of_the_applied_network_computes_and_trains_alone():
     train(other, applied, "sgd", steps=2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert not torch.equal(other(x), network(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+        torch.nn.utils.parametrizations.weight_norm,
+    ],
+)
+def test_a_weight_that_is_computed_is_refused(change):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    change(network[0])
+    operations = find_operations(network, (3, 8, 8))
+    with pytest.raises(UserError, match=r"the weight of 0 is computed from others \(pruning, weight norm\)"):
+        AppliedScheme(network, UpdateScheme("", 1, {"0": 0.5}), operations, {"0": [1]})

@@ -285,3 +285,18 @@ def test_masked_relu_computes_as_before_without_gradients():
     x = torch.tensor([-1.0, 3.0, 9.0])
     assert relu(x).tolist() == [0.0, 3.0, 6.0]
     assert relu(x).grad_fn is None
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    layer = SubTensorConv2d(nn.Conv2d(4, 3, 1), [0, 2], train_bias=True)
+    loss = layer(torch.randn(2, 4, 5, 5, requires_grad=True)).square().sum()
+    (gradient,) = torch.autograd.grad(loss, layer.weight_slice, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_a_layer_with_hooks_keeps_them_and_is_not_replaced():
+    convolution = nn.Conv2d(4, 3, 1)
+    assert has_subtensor_version(convolution)
+    convolution.register_forward_hook(lambda *_: None)
+    assert not has_subtensor_version(convolution)

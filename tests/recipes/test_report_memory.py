@@ -128,7 +128,7 @@ def test_where_nothing_fits_the_largest_resolution_is_named(words, options, comm
         return PeakMemory(operations_at(resolution), **options).peak_bytes(CLASSIFIER_ONLY)
 
     assert not figures["fits"]
-    assert figures["forward_only_bytes"] == floor_bytes(224)
+    assert figures["classifier_only_peak_bytes"] == floor_bytes(224)
     assert named % 16 == 0
     assert floor_bytes(named) <= budget_bytes < floor_bytes(named + 16)
 
@@ -150,7 +150,7 @@ def test_advice_is_printed_too(command, tmp_path):
     )
     assert ended.status == 0
     assert "does not fit" in ended.output
-    assert "the largest resolution that fits is" in " ".join(ended.output.split())
+    assert "the largest resolution that fits, in steps of 16, is" in " ".join(ended.output.split())
 
 
 def test_no_resolution_helps(command):

@@ -170,7 +170,10 @@ def test_budget_below_the_smallest_scheme(refused, cifar_words):
     for scheme in ("sub_tensor", "classifier", "full"):
         line = refused("one training step needs", "train_cifar", *cifar_words, *words, "--scheme", scheme)
         assert "custom has 96.0 KiB (128.0 KiB less a reserve of 32.0 KiB)" in line
-        assert "even the classifier alone needs 130.4 KiB at 96 px; the largest resolution that fits is 80 px" in line
+        assert (
+            "even the classifier alone needs 130.4 KiB at 96 px; "
+            "the largest resolution that fits, in steps of 16, is 80 px" in line
+        )
         assert "--allow_oversize" in line
 
 
