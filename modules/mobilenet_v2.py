@@ -31,6 +31,11 @@ NORMALIZATION = MappingProxyType(
 
 KERAS_SUFFIXES = (".h5", ".npz")
 SOURCES = "none, torchvision, or a .pth, .pt, .ckpt, .h5 or .npz file"
+# of width 0.35 and resolution 96; others by their numbers
+KERAS_URL = (
+    "https://storage.googleapis.com/tensorflow/keras-applications/mobilenet_v2/"
+    "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_96_no_top.h5"
+)
 FIRST_CONVOLUTION = "features.0.0.weight"
 HEAD_CONVOLUTION = "features.18.0.weight"
 CLASSIFIER = ("classifier.1.weight", "classifier.1.bias")
@@ -269,7 +274,8 @@ def _existing_file(source: str | Path) -> Path:
     if path.suffix not in (".pth", ".pt", ".ckpt", *KERAS_SUFFIXES):
         raise UserError(f"weights {str(source)!r} are unknown: give {SOURCES}")
     if not path.is_file():
-        raise UserError(f"weights file {path} does not exist: give {SOURCES}")
+        hint = f"; Keras' are at {KERAS_URL}" if path.suffix in KERAS_SUFFIXES else ""
+        raise UserError(f"weights file {path} does not exist: give {SOURCES}{hint}")
     return path
 
 

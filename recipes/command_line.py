@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -49,11 +50,30 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     try:
         arguments = parser.parse_args(with_values_for_flags(parser, words))
     except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}; --help lists the options") from error
+        raise UserError(f"{readable(' '.join(str(error).split()))}; --help lists the options") from error
     except UnicodeDecodeError as error:
         raise UserError("the file of --config is binary: give YAML, such as the config.yaml of a run") from error
     arguments.pop("config", None)
     return arguments
+
+
+EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def readable(error: str) -> str:
+    """The parser's error about the type of a value, in words; any other as it is.
+
+    Example::
+
+        readable("Parser key \"epochs\": Expected a <class 'int'>. Got value: x")
+        # "epochs is x: give a whole number"
+    """
+    key, value = re.search(r'Parser key "([^"]+)"', error), re.search(r"(?:Got|Given) value: (.*)", error)
+    types = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", error)
+    wanted = [EXPECTED.get(name) if name else f"one of {choices}" for name, choices in types if name != "NoneType"]
+    if key is None or value is None or not wanted or None in wanted:
+        return error
+    return f"{key[1]} is {value[1]}: give {' or '.join(wanted)}"
 
 
 def with_values_for_flags(parser: ArgumentParser, words: list[str]) -> list[str]:

@@ -2,12 +2,12 @@
 
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import yaml
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -23,17 +23,21 @@ from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.scheme_application import Method
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_file, write_json
+from microtune.modules.whole_files import write_json
 from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, refuse_oversize
 from microtune.recipes.networks import NetworkName, describe_network, scheme_by_name_or_file
 from microtune.recipes.run_folder import (
     LoggerName,
+    WholeFileCheckpointIO,
+    checkpoint_to_resume,
     log_run_end,
     log_run_start,
     make_loggers,
     open_run_folder,
+    plain,
     refuse_another_run,
     wandb_run,
+    write_config,
 )
 
 log = logging.getLogger(__name__)
@@ -97,7 +101,7 @@ def fine_tune(
         weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
         resolution: Height and width of the input in pixels.
         epochs: Passes over the training split.
-        batch_size: Samples per step.
+        batch_size: Samples per batch and device.
         seed: Of the fresh classifier, the order of the samples and their augmentation.
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits the
             microcontroller) or full; none trains everything with batch norm, which no microcontroller does.
@@ -105,8 +109,8 @@ def fine_tune(
         network: Its architecture.
         width: Multiplier of its channels.
         head_convolution: Whether the network has its last 1x1 convolution.
-        learning_rate: At its highest; by default 0.1 / 256 x samples per step with SGD (Lin et al. 2022), 0.001 with
-            AdamW.
+        learning_rate: At its highest; by default 0.1 / 256 x batch_size x accumulate_batches with SGD (Lin et al.),
+            0.001 with AdamW.
         optimizer: sgd or adamw.
         momentum: Of SGD; anything but 0 needs optimizer state.
         weight_decay: Of weights, not of biases and norms.
@@ -124,16 +128,17 @@ def fine_tune(
         devices: Number of devices, or auto.
         strategy: As Lightning's Trainer takes it, such as ddp.
         precision: As Lightning's Trainer takes it, such as bf16-mixed.
-        logger: wandb (offline unless you are logged in), csv or none; metrics are kept as CSV in any case.
+        logger: wandb (offline unless you are logged in), or csv or none to do without; metrics are kept as CSV in
+            any case.
         out_dir: The run's folder; by default a new one below runs/.
         resume: Go on with the run in out_dir after its last finished epoch.
     """
     started = time.monotonic()
     check_ranges(arguments)
-    data.prepare_data()
-    data.setup()
     default_mcu = "stm32f746" if sram_bytes is None else None
     device = microcontroller(mcu or default_mcu, sram_bytes, flash_bytes, reserve_bytes)
+    data.prepare_data()
+    data.setup()
     padding = padding_of_weights(weights)
     described = describe_network(width, resolution, data.num_classes, data.in_channels, head_convolution, padding)
     peak_memory = PeakMemory(
@@ -181,8 +186,7 @@ def fine_tune(
     memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
     loggers = trainer.loggers = make_loggers(logger, out_dir, recipe)
     log_run_start(wandb_run(loggers), plain(arguments), update_scheme, memory, out_dir)
-    checkpoint = out_dir / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=str(checkpoint) if resume and checkpoint.exists() else None)
+    trainer.fit(module, data, ckpt_path=checkpoint_to_resume(out_dir) if resume else None)
 
     report = evaluate(trainer, module, data) | memory
     if not math.isfinite(report["loss"]):
@@ -206,8 +210,12 @@ def check_ranges(arguments: dict[str, Any]) -> None:
 
 def make_trainer(**options: Any) -> Trainer:
     """A Trainer that logs every tenth step, to loggers that are set later: nothing is written if it is refused."""
+    devices, cores = str(options["devices"]), os.cpu_count()
+    if options["accelerator"] == "cpu" and devices.isdecimal() and int(devices) > cores:
+        raise UserError(f"devices is {devices}, but there are {cores} cores: give {cores} at most")
     try:
-        return Trainer(logger=False, log_every_n_steps=10, enable_model_summary=False, **options)
+        plugins = [WholeFileCheckpointIO()]
+        return Trainer(logger=False, log_every_n_steps=10, enable_model_summary=False, plugins=plugins, **options)
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"accelerator, devices, strategy or precision: {error}") from error
 
@@ -225,11 +233,6 @@ def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, in
     module.net.load_state_dict(fold_batch_norm(unfolded, input_shape).state_dict())
 
 
-def plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments as values that YAML and Weights & Biases take."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
-
-
 def keep_run_start(
     out_dir: Path,
     arguments: dict[str, Any],
@@ -239,8 +242,7 @@ def keep_run_start(
 ) -> dict[str, Any]:
     """Writes what the run is: its arguments, its scheme and the picture of its memory; returns the memory figures."""
     if rank_zero_only.rank == 0 and not (out_dir / "config.yaml").exists():
-        with whole_file(out_dir / "config.yaml") as partial:
-            partial.write_text(yaml.safe_dump(plain(arguments), sort_keys=False), encoding="utf-8")
+        write_config(out_dir, arguments)
     if scheme is None:
         return {}
     if rank_zero_only.rank == 0:

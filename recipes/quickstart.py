@@ -38,7 +38,7 @@ from microtune.recipes.benchmark_step import interleaved_seconds, prepared, trai
 from microtune.recipes.command_line import check_at_least_one, run
 from microtune.recipes.memory_figures import KIB, memory_figures
 from microtune.recipes.networks import NAMED_SCHEMES, DescribedNetwork, describe_network, scheme_by_name_or_file
-from microtune.recipes.run_folder import LoggerName, make_loggers, open_run_folder, wandb_run
+from microtune.recipes.run_folder import LoggerName, make_loggers, open_run_folder, wandb_run, write_config
 
 KNOWN_DIGITS, NEW_DIGITS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 WIDTH, RESOLUTION = 0.35, 32
@@ -65,12 +65,13 @@ def main(
         logger: wandb (offline unless you are logged in), csv or none.
         out_dir: Folder for the report; by default a new one below runs/.
     """
-    started = time.monotonic()
+    started, arguments = time.monotonic(), dict(locals())
     # images of 32 px are too small to share among cores: two threads gain nothing, and stall on a busy machine
     torch.set_num_threads(1)
     check_at_least_one(seeds=seeds)
     device = microcontroller(mcu)
     out_dir = open_run_folder(out_dir, "quickstart", resume=False)
+    write_config(out_dir, arguments)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     described = describe_network(WIDTH, RESOLUTION, len(NEW_DIGITS), 1, head_convolution)
@@ -203,13 +204,19 @@ def draw_accuracy_over_memory(report: dict[str, Any], path: Path) -> None:
     for name, row in report["methods"].items():
         x, y = row["peak_memory_bytes"] / KIB, row["top1_mean"] * 100
         axes.errorbar(x, y, yerr=row["top1_std"] * 100, fmt="o" if row["fits"] else "x", capsize=3)
-        axes.annotate(name, (x, y), xytext=(6, -12), textcoords="offset points", fontsize=9)
+        is_left = x > 0.5 * report["budget_bytes"] / KIB
+        place = {"xytext": (-6 if is_left else 6, -12), "ha": "right" if is_left else "left"}
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=9, **place)
     budget_kib = report["budget_bytes"] / KIB
     axes.axvline(budget_kib, color="black", linestyle="--")
-    axes.text(budget_kib, 0.02, f" budget of {report['mcu']}", transform=axes.get_xaxis_transform(), fontsize=8)
+    axes.text(
+        budget_kib, 0.98, f" budget of {report['mcu']}", transform=axes.get_xaxis_transform(), va="top", fontsize=8
+    )
+    axes.margins(y=0.15)
     axes.set(xlabel="peak memory of one training step, KiB", ylabel="top-1 on new digits, %")
     axes.set_xlim(0, 1.15 * max(budget_kib, *(row["peak_memory_bytes"] / KIB for row in report["methods"].values())))
-    axes.set_title(f"Adapting to new digits, mean and deviation of {report['seeds']} seeds")
+    seeds = f"{report['seeds']} seed{'s' if report['seeds'] > 1 else ''}"
+    axes.set_title(f"Adapting to new digits, mean and deviation of {seeds}")
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)

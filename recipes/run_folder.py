@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 import wandb
 import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.modules.whole_files import whole_file
 
 LoggerName = Literal["wandb", "csv", "none"]
 DEFAULT_FOLDER = "MICROTUNE_RUN_FOLDER"
@@ -96,18 +98,58 @@ def make_loggers(name: LoggerName, out_dir: Path, recipe: str) -> list[Logger]:
         id_file = out_dir / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
-        loggers.append(
-            WandbLogger(
+        if rank_zero_only.rank == 0:
+            # not by Lightning's offline=True, which sets a variable that wandb has read by now
+            run = wandb.init(
                 project="microtune",
                 name=f"{recipe}/{out_dir.name}",
-                save_dir=out_dir,
+                dir=out_dir,
                 id=id_file.read_text(),
-                # not Lightning's offline=True, which sets a variable that wandb has read by now
                 mode="offline" if offline else "online",
                 resume="allow",
+                reinit="finish_previous",
             )
-        )
+            run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        loggers.append(WandbLogger(experiment=wandb.run))
     return loggers
+
+
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as values that YAML and Weights & Biases take."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+
+
+def write_config(out_dir: Path, arguments: dict[str, Any]) -> None:
+    """Writes a recipe's arguments as a file for its ``--config``."""
+    with whole_file(out_dir / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(plain(arguments), sort_keys=False), encoding="utf-8")
+
+
+class WholeFileCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, so that a killed run always has one to go on from.
+
+    Lightning's own writes to the system's temporary folder, and a move from there to another disk is a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with whole_file(path) as partial:
+            torch.save(checkpoint, partial)
+
+
+def checkpoint_to_resume(out_dir: Path) -> Path | None:
+    """The run's last checkpoint, if it has one yet.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    path = out_dir / "last.ckpt"
+    if not path.exists():
+        return None
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what unpickling raises on bytes that are no pickle is not bounded
+        raise UserError(f"{path} cannot be read, it was damaged: remove it to begin the run again") from error
+    return path
 
 
 def wandb_run(loggers: list[Logger]) -> "wandb.Run | None":

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from microtune.datamodules.digits import Digits
 from microtune.datamodules.images_in_memory import ImagesInMemory, check_image_arguments, normalized, shifted
 from microtune.datamodules.reproducible_order import (
+    EvaluationOrder,
     ReproducibleOrder,
     data_loader,
     epochs_and_indices,
@@ -197,3 +198,12 @@ def test_resumed_run_is_bit_equal(fit, at_epoch_end):
     assert torch.equal(torch.cat(resumed.seen[2]), torch.cat(whole.seen[2]))
     assert torch.equal(resumed.layer.weight, whole.layer.weight)
     assert not torch.equal(torch.cat(whole.seen[0]), torch.cat(whole.seen[1]))
+
+
+@pytest.mark.parametrize(("samples", "processes"), [(10, 3), (2, 4), (7, 1)])
+def test_evaluation_shares_every_sample_once(samples, processes):
+    orders = [EvaluationOrder(range(samples)) for _ in range(processes)]
+    for rank, order in enumerate(orders):
+        order.rank, order.num_replicas = rank, processes
+    assert sorted(index for order in orders for index in order) == list(range(samples))
+    assert [len(list(order)) for order in orders] == [len(order) for order in orders]

@@ -80,7 +80,7 @@ def test_picture(run):
     with Image.open(run.folder / "report.png") as image:
         assert (image.format, min(image.size) > 300) == ("PNG", True)
     assert {path.name for path in run.folder.iterdir()} == {
-        *("report.json", "report.png"),
+        *("config.yaml", "report.json", "report.png"),
         *(f"scheme_{method}.json" for method in METHODS),
     }
 
