@@ -1,6 +1,10 @@
 """Times one training step: full update, frozen parameters, masked gradients, sub-tensor layers.
 
-    uv run recipes/benchmark_step.py --width 0.35 --resolution 128 --batch_size 32 --scheme S.json
+    uv run recipes/benchmark_step.py --width 0.35 --resolution 128 --batch_size 32 \\
+        --scheme recipes/schemes/mobilenet_v2-w0.35_lin2022_99kb.json
+
+Seconds on a laptop CPU. On two cores of an AMD EPYC that command gives 19 to 20 ms for sub-tensor layers, 20 to 21 for
+freezing alone, 54 to 56 for full update and 11 for the forward pass, and 41 times fewer bytes saved than full update.
 
 All methods train the same folded network and take turns in one process, so that a machine whose speed drifts favours
 none; ratios are medians over the rounds. Beside them stands the forward pass alone, which no method can undercut.

@@ -1,6 +1,10 @@
 """Says where each byte of a training step goes, and whether it fits a microcontroller.
 
-uv run recipes/report_memory.py --width 0.35 --resolution 128 --scheme S.json --mcu stm32f746
+    uv run recipes/report_memory.py --width 0.35 --resolution 128 \\
+        --scheme recipes/schemes/mobilenet_v2-w0.35_lin2022_99kb.json --mcu stm32f746
+
+Takes seconds, nearly all of them to import PyTorch. The scheme above needs 299.3 KiB at its peak, where an STM32F746
+has 288.0.
 """
 
 import dataclasses

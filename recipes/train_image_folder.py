@@ -1,6 +1,10 @@
 """Fine-tunes MobileNetV2 on any folder of image classes under an update scheme that fits a microcontroller.
 
-uv run recipes/train_image_folder.py --data_dir flowers --weights mobilenet_v2_w035.h5 --mcu stm32f746
+    uv run recipes/train_image_folder.py --data_dir flowers --weights KERAS_FILE.h5 --scheme sub_tensor \\
+        --learning_rate 0.006 --epochs 5
+
+On Flowers-17 (918 training images, 96 px, Keras' weights of width 0.35) that takes about half a minute on one core of
+an AMD EPYC and gives 86 % (one seed).
 """
 
 from pathlib import Path

@@ -33,8 +33,12 @@ def runnable_recipes():
 def recipe_commands():
     """Every command line of a recipe in the README and in the recipes' own docstrings."""
     texts = ["\n".join(blocks("bash")), *(path.read_text() for path in (ROOT / "recipes").glob("*.py"))]
-    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    lines = re.sub(r"\\+\n", " ", "\n".join(texts)).splitlines()
     return [found.group() for line in lines if (found := re.search(r"(?<=uv run )recipes/.*", line))]
+
+
+def test_every_figure_is_filled_in():
+    assert "@@" not in README
 
 
 def test_commands_were_found():
