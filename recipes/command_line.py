@@ -35,7 +35,10 @@ def run(main: Callable[..., Any]) -> Any:
         arguments = parse(parser, sys.argv[1:])
         return main(**arguments.as_dict())
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        message = str(error)
+        if "Original Traceback" in message:  # a data loader's process sends its traceback along
+            message = message.strip().rpartition("UserError: ")[2]
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns an interruption of its Trainer into status 1

@@ -22,6 +22,11 @@ def recipe(size: int = 3, ratio: float = 0.5, out_dir: Path | None = None, json:
     """
     if size == 13:
         raise UserError("size 13 brings bad luck: give another")
+    if size == 16:
+        traceback = (
+            "Original Traceback (most recent call last):\n  File ...\nmicrotune.modules.user_error.UserError: a.jpg"
+        )
+        raise UserError(f"Caught UserError in DataLoader worker process 0.\n{traceback} is no image\n")
     if size == 14:
         raise KeyboardInterrupt
     if size == 15:
@@ -56,6 +61,7 @@ def test_words_become_arguments(words, arguments, monkeypatch):
     ("words", "line"),
     [
         (["--size", "13"], "recipe.py: error: size 13 brings bad luck: give another\n"),
+        (["--size", "16"], "recipe.py: error: a.jpg is no image\n"),
         (["--siz", "4"], "recipe.py: error: unrecognized arguments: --siz 4; --help lists the options\n"),
         (["--json", "perhaps"], None),
         (["--size"], None),
