@@ -4,8 +4,9 @@
 
 A small MobileNetV2 is trained on the digits 0 to 4, then adapted to 5 to 9, which it has never seen, as a device would
 be: by updating the classifier only, the biases only, the last layers that fit, a sub-tensor scheme that fits, and
-everything. Needs no network, no account and no GPU; about 80 seconds on two cores of an AMD EPYC, where a sub-tensor scheme
-gives 89 % within the budget of an RP2040, the last layers that fit 45 %, and full update, which does not fit, 95 %.
+everything. Needs no network, no account and no GPU; about 80 seconds on two cores of an AMD EPYC, where a sub-tensor
+scheme gives 89 % within the budget of an RP2040, the last layers that fit 45 %, and full update, which does not fit,
+95 %.
 """
 
 import logging
