@@ -144,17 +144,14 @@ class _GradientMask:
         # remembered only now: until the first step, DDP, a precision or a checkpoint may give the layer other weights
         if self.frozen is None:
             self.frozen = self.layer.weight.detach().clone()
-        return gradient * self._on(self.updated, gradient)
-
-    @staticmethod
-    def _on(tensor: Tensor, other: Tensor) -> Tensor:
-        return tensor.to(other.device)
+        self.updated = self.updated.to(gradient.device)  # once: the network moves after this is made
+        return gradient * self.updated
 
     def restore_frozen(self) -> None:
         if self.frozen is None:
             return
         weight = self.layer.weight.detach()
-        weight.copy_(torch.where(self._on(self.updated, weight), weight, self._on(self.frozen, weight)))
+        weight.copy_(torch.where(self.updated.to(weight.device), weight, self.frozen.to(weight.device)))
 
     def remove(self) -> None:
         for hook in self.hooks:
