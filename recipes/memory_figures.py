@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from torch import nn
 
 from microtune.modules.microcontrollers import Fit, Microcontroller
@@ -106,18 +107,18 @@ def _kib(size_bytes: float) -> str:
 def draw_memory(timeline: Timeline, microcontroller: Microcontroller, title: str, path: Path | str) -> None:
     """Draws the bytes alive over the operations of one training step, with the budget as a line, as a PNG."""
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
-    moments = range(len(timeline.moments))
+    edges = np.arange(len(timeline.moments) + 1) - 0.5  # of the steps, so that the first and last are whole
     colors = plt.get_cmap("tab10").colors
     series = [timeline.bytes_of_category[category] / KIB for category in CATEGORIES]
     shown = [
         (name, values, color) for name, values, color in zip(CATEGORIES, series, colors, strict=False) if any(values)
     ]
     axes.stackplot(
-        moments,
-        [values for _, values, _ in shown],
+        edges,
+        [np.append(values, values[-1]) for _, values, _ in shown],
         labels=[name for name, _, _ in shown],
         colors=[color for _, _, color in shown],
-        step="mid",
+        step="post",
     )
     budget_kib = microcontroller.budget_bytes / KIB
     axes.axhline(
