@@ -1,7 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,3 +35,31 @@ def write_json(path: Path | str, value: Any) -> None:
     """Writes ``value`` as indented JSON; not-a-number and infinity are refused, since JSON has neither."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(path: Path | str) -> Iterator[Path]:
+    """Gives an empty temporary folder beside ``path``, and puts it in place when the block ends without an error.
+
+    What is there under the name is whole: a later run need not look inside.
+
+    Example::
+
+        with whole_folder("data/train") as partial:
+            unpack(archive, partial)
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner only
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
