@@ -1,0 +1,213 @@
+"""One second of speech as the log-mel spectrogram that a microcontroller computes, and its augmentation in training."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchaudio.functional import add_noise
+from torchaudio.transforms import MelSpectrogram
+
+from microtune.datamodules.decoded_audio import CLIP_SAMPLES, SAMPLE_RATE_HZ
+from microtune.datamodules.reproducible_order import Key, epochs_and_indices, random_fractions
+from microtune.modules.user_error import UserError
+
+WINDOW_MS = 30
+FFT_SAMPLES = 512  # the power of two that holds a window, as a device's FFT wants it
+LOWEST_HZ, HIGHEST_HZ = 125.0, 7500.0
+# of the training clips of Speech Commands, over all time steps and bands: constants, since a device that meets other
+# words must not see its input rescaled
+LOG_MEL_MEAN, LOG_MEL_STD = -6.4, 4.7
+SILENCE_POWER = 1e-6  # what is below 16-bit noise shall not be told apart
+
+DRAWS = 12  # random numbers per clip: 1 for the shift, 3 for the noise, 2 for each of 4 masks
+
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+class KeywordClips(Dataset):
+    """Decoded clips, handed out in whole batches with the random numbers that augment them.
+
+    Args:
+        clips: int16 of shape (clips, 16000), in memory or mapped from disk.
+        rows: which of them are in this split (N,).
+        labels: the class of each of these (N,).
+        seed: the seed of the augmentation, or None for none.
+
+    Example::
+
+        data = KeywordClips(np.zeros((3, 16000), np.int16), np.array([2, 0]), np.array([5, 6]), seed=0)
+        waveforms, labels, draws = data.__getitems__([(0, 1)])  # (1, 16000) int16, (1,) int64, (1, 12) float32
+    """
+
+    def __init__(self, clips: np.ndarray, rows: np.ndarray, labels: np.ndarray, seed: int | None = None) -> None:
+        self.clips = clips
+        self.rows = rows
+        self.labels = torch.from_numpy(np.asarray(labels, np.int64))
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Key) -> Batch:
+        return tuple(part[0] for part in self.__getitems__([key]))
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        epochs, indices = epochs_and_indices(keys)
+        waveforms = torch.from_numpy(self.clips[self.rows[indices]])
+        labels = self.labels[torch.from_numpy(indices)]
+        if self.seed is None:
+            return waveforms, labels
+        draws = random_fractions(self.seed, epochs, indices, DRAWS)
+        return waveforms, labels, torch.from_numpy(draws.astype(np.float32))
+
+
+class KeywordFrontEnd(nn.Module):
+    """Turns batches of clips into normalised log-mel spectrograms, on the device that the batch is on.
+
+    Windows of 30 ms, ``n_mels`` bands of equal width in mel between 125 and 7,500 Hz and the logarithm of their power:
+    the front end of TensorFlow Lite Micro's keyword example, from which MLPerf Tiny's differs by a cosine transform
+    that a convolution can learn. No frame reaches beyond the clip, as a device has no sound from there.
+
+    Training clips come with random numbers (see ``KeywordClips``) and are moved in time, mixed with background noise
+    and masked in time and frequency (SpecAugment, Park et al., 2019, without its warping).
+
+    Args:
+        n_mels: mel bands.
+        hop_ms: from one window to the next, in milliseconds.
+        noise: recordings of background noise, int16 of shape (samples,), of a second or more; or None for none.
+        shift_ms: the farthest that a clip is moved, either way.
+        noise_fraction: the part of the clips that noise is mixed into.
+        snr_db: the lowest and the highest signal-to-noise ratio, in decibels.
+        masks: how many masks of each kind, 0 to 2.
+        time_mask_ms: the widest mask in time.
+        mel_mask: the widest mask in frequency, in bands.
+
+    Raises:
+        UserError: if an argument is out of its range, or the noise is shorter than a second.
+
+    Example::
+
+        front_end = KeywordFrontEnd(noise=recordings)
+        spectrograms, labels = front_end((waveforms, labels, draws))  # (N, 1, 97, 40) float32
+    """
+
+    def __init__(
+        self,
+        n_mels: int = 40,
+        hop_ms: int = 10,
+        noise: np.ndarray | None = None,
+        shift_ms: int = 100,
+        noise_fraction: float = 0.8,
+        snr_db: tuple[float, float] = (0.0, 20.0),
+        masks: int = 2,
+        time_mask_ms: int = 100,
+        mel_mask: int = 5,
+    ) -> None:
+        super().__init__()
+        spectrogram_shape(n_mels, hop_ms)
+        self.mel = MelSpectrogram(
+            SAMPLE_RATE_HZ,
+            n_fft=FFT_SAMPLES,
+            win_length=WINDOW_MS * SAMPLE_RATE_HZ // 1000,
+            hop_length=hop_ms * SAMPLE_RATE_HZ // 1000,
+            f_min=LOWEST_HZ,
+            f_max=HIGHEST_HZ,
+            n_mels=n_mels,
+            center=False,
+        )
+        if noise is not None and len(noise) < CLIP_SAMPLES:
+            raise UserError(f"the background noise is {len(noise)} samples long: give recordings of a second or more")
+        self.register_buffer("noise", None if noise is None else torch.from_numpy(noise).float() / 32768)
+        self.shift_samples = shift_ms * SAMPLE_RATE_HZ // 1000
+        self.noise_fraction = noise_fraction
+        self.snr_db = snr_db
+        self.masks = masks
+        self.widest = (time_mask_ms // hop_ms, mel_mask)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Spectrograms of shape (N, 1, frames, n_mels) and labels of shape (N,) of a batch of ``KeywordClips``."""
+        waveforms, labels, *rest = batch
+        draws = rest[0] if rest else None
+        self.to(waveforms.device)
+        waveforms = waveforms.float() / 32768
+        if draws is not None:
+            waveforms = shifted_in_time(waveforms, draws[:, 0], self.shift_samples)
+            if self.noise is not None:
+                waveforms = self._noisy(waveforms, draws[:, 1:4])
+        log_mels = torch.log(self.mel(waveforms).transpose(1, 2) + SILENCE_POWER)
+        log_mels = (log_mels - LOG_MEL_MEAN) / LOG_MEL_STD
+        if draws is not None:
+            for mask in range(self.masks):
+                of_mask = draws[:, 4 + 4 * mask : 8 + 4 * mask]
+                log_mels = masked(log_mels, of_mask[:, :2], dim=1, widest=self.widest[0])
+                log_mels = masked(log_mels, of_mask[:, 2:], dim=2, widest=self.widest[1])
+        return log_mels[:, None], labels
+
+    def _noisy(self, waveforms: Tensor, draws: Tensor) -> Tensor:
+        chosen, start, ratio = draws.T
+        segments = self.noise.unfold(0, CLIP_SAMPLES, 1)
+        noise = segments[(start * len(segments)).long()]
+        lowest, highest = self.snr_db
+        noisy = add_noise(waveforms, noise, lowest + ratio * (highest - lowest))
+        # where there is no sound, or no noise, there is no ratio of the two
+        return torch.where(((chosen < self.noise_fraction) & noise.any(dim=1))[:, None], noisy, waveforms)
+
+
+def shifted_in_time(waveforms: Tensor, draws: Tensor, farthest: int) -> Tensor:
+    """Waveforms (N, samples), each moved by up to ``farthest`` samples either way over silence, as ``draws`` (N,) say.
+
+    Example::
+
+        shifted_in_time(torch.ones(1, 16000), torch.tensor([0.5]), farthest=1600)  # in the middle: as it was
+    """
+    starts = (draws * (2 * farthest + 1)).long()
+    padded = nn.functional.pad(waveforms, (farthest, farthest))
+    return padded.unfold(1, waveforms.shape[1], 1)[torch.arange(len(waveforms), device=starts.device), starts]
+
+
+def masked(spectrograms: Tensor, draws: Tensor, dim: int, widest: int) -> Tensor:
+    """Spectrograms (N, frames, bands), in each a stripe of at most ``widest`` set to 0, which is their mean.
+
+    torchaudio's masks draw from the global random numbers, these from what belongs to (seed, epoch, index).
+
+    Args:
+        spectrograms: of shape (N, frames, bands).
+        draws: width and place of each stripe, as fractions (N, 2).
+        dim: 1 masks frames, 2 masks bands.
+        widest: the widest stripe.
+
+    Example::
+
+        masked(torch.ones(4, 97, 40), torch.rand(4, 2), dim=2, widest=5)
+    """
+    size = spectrograms.shape[dim]
+    widths = (draws[:, 0] * (min(widest, size) + 1)).long()
+    starts = (draws[:, 1] * (size - widths + 1)).long()
+    places = torch.arange(size, device=spectrograms.device)
+    stripe = (places >= starts[:, None]) & (places < (starts + widths)[:, None])
+    return spectrograms.masked_fill(stripe.unsqueeze(3 - dim), 0)
+
+
+def spectrogram_shape(n_mels: int, hop_ms: int) -> tuple[int, int, int]:
+    """Channels, frames and bands of the spectrogram of one second.
+
+    Raises:
+        UserError: if an argument is out of its range.
+
+    Example::
+
+        spectrogram_shape(n_mels=40, hop_ms=10)  # (1, 97, 40)
+    """
+    if not 8 <= n_mels <= 80:
+        raise UserError(f"n_mels is {n_mels}: give 8 to 80 bands")
+    if not 5 <= hop_ms <= 100:
+        raise UserError(f"hop_ms is {hop_ms}: give 5 to 100 milliseconds")
+    return 1, 1 + (CLIP_SAMPLES - FFT_SAMPLES) // (hop_ms * SAMPLE_RATE_HZ // 1000), n_mels
+
+
+def join_recordings(recordings: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Background noise for ``KeywordFrontEnd``: recordings (int16) one after another, or None if there are none."""
+    return np.concatenate(recordings) if recordings else None
