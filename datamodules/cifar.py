@@ -52,8 +52,6 @@ class CIFAR(LightningDataModule):
         images, labels = next(iter(data.train_dataloader()))  # (128, 3, 96, 96), (128,)
     """
 
-    in_channels = 3
-
     def __init__(
         self,
         data_dir: str | Path,
@@ -69,13 +67,14 @@ class CIFAR(LightningDataModule):
         split_seed: int = 0,
     ) -> None:
         super().__init__()
-        check_image_arguments(resolution, batch_size, normalization, self.in_channels)
+        check_image_arguments(resolution, batch_size, normalization, in_channels=3)
         if classes not in (10, 100):
             raise UserError(f"there is no CIFAR-{classes}: give 10 or 100 classes")
         self.source = CIFAR10 if classes == 10 else CIFAR100
         self.folder = Path(data_dir).expanduser() / self.source.base_folder
         self.num_classes = classes
         self.resolution = resolution
+        self.input_shape = (3, resolution, resolution)
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment

@@ -4,10 +4,13 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +33,14 @@ SAMPLE_RATE_HZ = 16_000
 CLIP_SAMPLES = 16_000  # one second
 CLIP_BYTES = 2 * CLIP_SAMPLES
 CLIPS_PER_JOB = 64
+REMEDY = ": remove it or give --skip_broken true"
+
+# a rate that has hardly a divisor in common with 16 kHz, as a damaged header says, would be resampled by gigabytes
+MOST_PHASES = 1000
+
+# libsndfile reads what is left of a WAV, and only remarks on it
+CUT_SHORT = re.compile(r"^data : (?P<said>\d+) \(should be (?P<found>\d+)\)", re.MULTILINE)
+UNKNOWN_BYTES = 2**31 - 4096  # programs that write into a pipe give sizes from about here on
 
 
 def default_cache_dir() -> Path:
@@ -44,19 +55,25 @@ def read_audio(path: Path) -> np.ndarray:
         int16 samples of shape (samples,); those of a 16 kHz WAV of one channel as they are in the file.
 
     Raises:
-        UserError: if it cannot be read or is empty.
+        UserError: if it cannot be read, is cut short or is empty.
 
     Example::
 
         read_audio(Path("_background_noise_/pink_noise.wav")).shape  # (960000,)
     """
     try:
-        samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
+        with path.open("rb") as opened, soundfile.SoundFile(opened) as file:
+            samples, rate_hz, remarks = file.read(dtype="float32", always_2d=True), file.samplerate, file.extra_info
     except (soundfile.SoundFileError, OSError) as error:
         reason = getattr(error, "error_string", error)
-        raise UserError(f"{path} cannot be decoded ({reason}): remove it or give --skip_broken true") from error
+        raise UserError(f"{path} cannot be decoded ({reason}){REMEDY}") from error
+    cut = CUT_SHORT.search(remarks)
+    if cut and int(cut["said"]) < UNKNOWN_BYTES:
+        raise UserError(f"{path} is cut short ({cut['found']} of {cut['said']} bytes){REMEDY}")
     if not len(samples):
-        raise UserError(f"{path} holds no sound: remove it or give --skip_broken true")
+        raise UserError(f"{path} holds no sound{REMEDY}")
+    if rate_hz // math.gcd(rate_hz, SAMPLE_RATE_HZ) > MOST_PHASES:
+        raise UserError(f"{path} has an odd rate of {rate_hz} Hz{REMEDY}")
     mono = samples.mean(axis=1)
     if rate_hz != SAMPLE_RATE_HZ:
         mono = _resampler(rate_hz)(torch.from_numpy(mono)).numpy()
@@ -121,7 +138,7 @@ def decode_clips(
     if broken and not skip_broken:
         raise UserError(broken[0]["error"])
     if broken:
-        first = broken[0]["error"].partition(":")[0]
+        first = str(broken[0]["error"]).removesuffix(REMEDY)
         rank_zero_only(log.warning)("%d of %d clips are left out: %s, the first", len(broken), len(paths), first)
     return clips, np.setdiff1d(np.arange(len(paths)), [entry["index"] for entry in broken])
 
@@ -175,8 +192,10 @@ def _digest(paths: Sequence[Path]) -> str:
     """A hash of what the clips are: another file, or one that was changed, is another cache."""
     described = hashlib.sha256(f"{SAMPLE_RATE_HZ} {CLIP_SAMPLES}".encode())
     for path in paths:
-        found = os.stat(path)
-        described.update(f"{os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}\n".encode())
+        described.update(os.fsencode(os.path.abspath(path)))
+        with suppress(OSError):  # a file that is not there is found missing where it is decoded
+            found = os.stat(path)
+            described.update(f" {found.st_size} {found.st_mtime_ns}\n".encode())
     return described.hexdigest()[:16]
 
 

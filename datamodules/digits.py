@@ -37,8 +37,6 @@ class Digits(LightningDataModule):
         images, labels = next(iter(data.train_dataloader()))  # (64, 1, 32, 32), (64,)
     """
 
-    in_channels = 1
-
     def __init__(
         self,
         classes: tuple[int, ...] = tuple(range(10)),
@@ -51,13 +49,14 @@ class Digits(LightningDataModule):
         split_seed: int = 0,
     ) -> None:
         super().__init__()
-        check_image_arguments(resolution, batch_size, normalization, self.in_channels)
+        check_image_arguments(resolution, batch_size, normalization, in_channels=1)
         if not set(classes) <= set(range(10)) or len(set(classes)) != len(classes) or len(classes) < 2:
             raise UserError(f"classes {tuple(classes)} are not two or more different digits: choose among 0 to 9")
         self.classes = tuple(classes)
         self.class_names = [str(digit) for digit in classes]
         self.num_classes = len(classes)
         self.resolution = resolution
+        self.input_shape = (1, resolution, resolution)
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment

@@ -60,6 +60,7 @@ class KeywordClips(Dataset):
         if self.seed is None:
             return waveforms, labels
         draws = random_fractions(self.seed, epochs, indices, DRAWS)
+        draws = np.floor(draws * 2**24) / 2**24  # which float32 holds: rounded up, the largest would be 1
         return waveforms, labels, torch.from_numpy(draws.astype(np.float32))
 
 
@@ -107,6 +108,14 @@ class KeywordFrontEnd(nn.Module):
     ) -> None:
         super().__init__()
         spectrogram_shape(n_mels, hop_ms)
+        _check_augmentation(
+            shift_ms=(shift_ms, 0, 1000),
+            noise_fraction=(noise_fraction, 0, 1),
+            snr_db=(snr_db[0], -100, snr_db[1]),
+            masks=(masks, 0, 2),
+            time_mask_ms=(time_mask_ms, 0, 1000),
+            mel_mask=(mel_mask, 0, n_mels),
+        )
         self.mel = MelSpectrogram(
             SAMPLE_RATE_HZ,
             n_fft=FFT_SAMPLES,
@@ -119,7 +128,8 @@ class KeywordFrontEnd(nn.Module):
         )
         if noise is not None and len(noise) < CLIP_SAMPLES:
             raise UserError(f"the background noise is {len(noise)} samples long: give recordings of a second or more")
-        self.register_buffer("noise", None if noise is None else torch.from_numpy(noise).float() / 32768)
+        noise = None if noise is None else torch.from_numpy(noise).float() / 32768
+        self.register_buffer("noise", noise, persistent=False)
         self.shift_samples = shift_ms * SAMPLE_RATE_HZ // 1000
         self.noise_fraction = noise_fraction
         self.snr_db = snr_db
@@ -154,6 +164,12 @@ class KeywordFrontEnd(nn.Module):
         noisy = add_noise(waveforms, noise, lowest + ratio * (highest - lowest))
         # where there is no sound, or no noise, there is no ratio of the two
         return torch.where(((chosen < self.noise_fraction) & noise.any(dim=1))[:, None], noisy, waveforms)
+
+
+def _check_augmentation(**ranges: tuple[float, float, float]) -> None:
+    for name, (value, lowest, highest) in ranges.items():
+        if not lowest <= value <= highest:
+            raise UserError(f"{name} is {value}: give {lowest} to {highest}")
 
 
 def shifted_in_time(waveforms: Tensor, draws: Tensor, farthest: int) -> Tensor:

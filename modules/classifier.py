@@ -40,6 +40,7 @@ class Classifier(LightningModule):
         weight_decay: Of weights; biases and norms have none.
         warmup_fraction: Part of all optimizer steps in which the learning rate rises from zero.
         label_smoothing: Of the cross entropy.
+        class_names: What the outputs mean, in their order, for those who find the checkpoint.
 
     Attributes:
         net: The network, kept in PyTorch's ``channels_last`` order, which is faster on CPUs and GPUs.
@@ -60,6 +61,7 @@ class Classifier(LightningModule):
         weight_decay: float = 0.0,
         warmup_fraction: float = 0.1,
         label_smoothing: float = 0.0,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -76,7 +78,7 @@ class Classifier(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of samples (N, channels, height, width)."""
-        return self.net(x.contiguous(memory_format=torch.channels_last))
+        return self.net(x.to(self.dtype, memory_format=torch.channels_last))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of one batch."""

@@ -38,6 +38,7 @@ KERAS_URL = (
 )
 FIRST_CONVOLUTION = "features.0.0.weight"
 HEAD_CONVOLUTION = "features.18.0.weight"
+LAST_PROJECTION = "features.17.conv.2.weight"
 CLASSIFIER = ("classifier.1.weight", "classifier.1.bias")
 
 
@@ -204,12 +205,48 @@ def weights_are_folded(source: str | Path) -> bool:
     return Path(source).suffix == ".ckpt" and bool(_described_network(source).get("folded", False))
 
 
+def width_of_weights(source: str | Path) -> float | None:
+    """Returns the width that weights were trained with, or None if there are none or their width is unusual.
+
+    Args:
+        source: As in ``load_weights``.
+
+    Example::
+
+        width_of_weights("torchvision")  # 1.0
+    """
+    if str(source) in ("none", "torchvision"):
+        return 1.0 if str(source) == "torchvision" else None
+    if Path(source).suffix == ".ckpt":
+        return _described_network(source).get("width")
+    shape = _read_state(source, {}).get(LAST_PROJECTION, torch.empty(0)).shape
+    # the projections of the last block are nearly 320 * width, rounded to a multiple of 8
+    return {112: 0.35, 160: 0.5, 240: 0.75, 320: 1.0, 416: 1.3, 448: 1.4}.get(shape[0])
+
+
+def class_names_of_weights(source: str | Path) -> list[str] | None:
+    """Returns the classes that weights were trained on, as a checkpoint of microtune says them; else None.
+
+    Args:
+        source: As in ``load_weights``.
+
+    Example::
+
+        class_names_of_weights("runs/english/last.ckpt")  # ["bed", "cat", ...]
+    """
+    return _hyperparameters(source).get("class_names") if Path(source).suffix == ".ckpt" else None
+
+
+def _hyperparameters(checkpoint: str | Path) -> dict[str, Any]:
+    return _read_torch_file(_existing_file(checkpoint)).get("hyper_parameters", {})
+
+
 def _described_network(checkpoint: str | Path) -> dict[str, Any]:
-    network = _read_torch_file(_existing_file(checkpoint)).get("hyper_parameters", {}).get("network")
+    network = _hyperparameters(checkpoint).get("network")
     return network if isinstance(network, dict) else {}
 
 
-def load_weights(network: MobileNetV2, source: str | Path) -> None:
+def load_weights(network: MobileNetV2, source: str | Path, with_classifier: bool = False) -> None:
     """Loads weights into a network of ``mobilenet_v2``, all of them or, on an error, none.
 
     What a file need not have is the classifier: where it is absent or of other classes, the network keeps its fresh one
@@ -219,6 +256,7 @@ def load_weights(network: MobileNetV2, source: str | Path) -> None:
         network: Changed in place. To load a checkpoint of a folded network, give a folded one.
         source: ``"none"``; ``"torchvision"`` (ImageNet, width 1.0, downloaded); a ``.pth`` or ``.pt`` file with
             torchvision's state dict; a ``.ckpt`` of microtune; Keras' weights as ``.h5`` or ``.npz``.
+        with_classifier: Refuse a file whose classifier is absent or of other classes.
 
     Raises:
         UserError: The file is missing or unreadable, was trained with another padding, or has tensors that are not the
@@ -236,7 +274,7 @@ def load_weights(network: MobileNetV2, source: str | Path) -> None:
     _check_padding(network, source)
     if HEAD_CONVOLUTION not in wanted:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("features.18.")}
-    _keep_fresh_classifier(state, wanted, source)
+    _keep_fresh_classifier(state, wanted, source, with_classifier)
     _sum_input_channels(state, wanted, source)
     _check_fits(state, wanted, source)
     network.load_state_dict(state, strict=False)
@@ -305,12 +343,19 @@ def _download(wanted: dict[str, Tensor]) -> dict[str, Tensor]:
         ) from error
 
 
-def _keep_fresh_classifier(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str | Path) -> None:
+def _keep_fresh_classifier(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], source: str | Path, is_refused: bool
+) -> None:
     if all(name in state and state[name].shape == wanted[name].shape for name in CLASSIFIER):
         return
     found = tuple(state[CLASSIFIER[0]].shape) if CLASSIFIER[0] in state else "none"
-    state.update({name: wanted[name] for name in CLASSIFIER})
     classes, features = wanted[CLASSIFIER[0]].shape
+    if is_refused:
+        raise UserError(
+            f"the classifier of weights {source} is {found}, and {classes} classes of {features} features are wanted: "
+            "give weights trained on these classes, with the same head_convolution"
+        )
+    state.update({name: wanted[name] for name in CLASSIFIER})
     logger.info(f"fresh classifier of {classes} classes and {features} features: that of {source} is {found}")
 
 

@@ -41,6 +41,7 @@ def main(
     network: NetworkName = "mobilenet_v2",
     width: float = 0.35,
     resolution: int = 128,
+    input_width: int | None = None,
     batch_size: int = 32,
     num_classes: int = 10,
     in_channels: int = 3,
@@ -56,7 +57,8 @@ def main(
         mcu: Microcontroller that a scheme given by name shall fit.
         network: Its architecture.
         width: Multiplier of its channels.
-        resolution: Height and width of the input in pixels.
+        resolution: Height and width of the input in pixels; of a spectrogram, its frames.
+        input_width: Width of the input where it is another: of a spectrogram, its bands.
         batch_size: Samples per step.
         num_classes: Outputs of the classifier.
         in_channels: Channels of the input.
@@ -69,7 +71,8 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    described = describe_network(width, resolution, num_classes, in_channels, head_convolution)
+    input_shape = (in_channels, resolution, resolution if input_width is None else input_width)
+    described = describe_network(width, input_shape, num_classes, head_convolution)
     update_scheme = scheme_by_name_or_file(scheme, described, PeakMemory(described.operations), microcontroller(mcu))
     samples = torch.randn(batch_size, *described.input_shape).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (batch_size,))

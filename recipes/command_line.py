@@ -60,6 +60,26 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     return arguments
 
 
+def listed(text: str | None) -> list[str] | None:
+    """The parts of a list that the command line gives as ``a,b,c``, or None for None.
+
+    Example::
+
+        listed("en, ar")  # ["en", "ar"]
+    """
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a recipe whose ``main`` ends in ``**options``: what ``locals()`` says at its beginning.
+
+    Example::
+
+        flat({"epochs": 3, "options": {"mcu": "rp2040"}})  # {"epochs": 3, "mcu": "rp2040"}
+    """
+    return {name: value for name, value in arguments.items() if name != "options"} | arguments["options"]
+
+
 EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 

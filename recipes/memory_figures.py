@@ -87,12 +87,26 @@ def refuse_oversize(
 
 def what_would_fit(peak_memory: PeakMemory, microcontroller: Microcontroller, network: nn.Module) -> str:
     """Where the classifier's update alone does not fit: the largest resolution at which it would."""
-    resolution = peak_memory.operations.tensors[0][1]
-    largest = largest_resolution_that_fits(network, peak_memory, microcontroller, below=resolution)
-    floor = f"even the classifier alone needs {_kib(peak_memory.floor_bytes)} at {resolution} px"
+    input_shape = peak_memory.operations.tensors[0]
+    floor = f"even the classifier alone needs {_kib(peak_memory.floor_bytes)} at {size_of(input_shape)}"
+    if input_shape[1] != input_shape[2]:
+        return f"{floor}: take a smaller input or a narrower network"
+    largest = largest_resolution_that_fits(network, peak_memory, microcontroller, below=input_shape[1])
     if largest is None:
-        return f"{floor}, and no smaller resolution would do: take a narrower network"
+        return f"{floor}, and no smaller resolution would do: take a narrower network or fewer classes"
     return f"{floor}; the largest resolution that fits, in steps of 16, is {largest} px: give --resolution {largest}"
+
+
+def size_of(input_shape: tuple[int, int, int]) -> str:
+    """Height and width of the input, in words.
+
+    Example::
+
+        size_of((3, 96, 96))  # "96 px"
+        size_of((1, 97, 40))  # "97 x 40"
+    """
+    _, height, width = input_shape
+    return f"{height} px" if height == width else f"{height} x {width}"
 
 
 def highest_moment(timeline: Timeline) -> str:

@@ -56,14 +56,14 @@ class DescribedNetwork:
 
 def describe_network(
     width: float,
-    resolution: int,
+    input_shape: tuple[int, int, int],
     num_classes: int,
-    in_channels: int,
     head_convolution: bool,
     padding: str = "symmetric",
 ) -> DescribedNetwork:
-    """Builds a folded MobileNetV2 and runs it once on ``in_channels`` x ``resolution`` x ``resolution``."""
-    check_at_least_one(resolution=resolution)
+    """Builds a folded MobileNetV2 and runs it once on ``input_shape``: channels, height and width."""
+    in_channels, height, width_px = input_shape
+    check_at_least_one(resolution=min(height, width_px))
     arguments = {
         "width": width,
         "num_classes": num_classes,
@@ -73,7 +73,6 @@ def describe_network(
         "folded": True,
     }
     network = build_network(**arguments)
-    input_shape = (in_channels, resolution, resolution)
     operations = find_operations(network, input_shape)
     return DescribedNetwork(network_name(width, head_convolution), arguments, network, operations, input_shape)
 

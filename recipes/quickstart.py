@@ -76,7 +76,7 @@ def main(
     write_config(out_dir, arguments)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    described = describe_network(WIDTH, RESOLUTION, len(NEW_DIGITS), 1, head_convolution)
+    described = describe_network(WIDTH, (1, RESOLUTION, RESOLUTION), len(NEW_DIGITS), head_convolution)
     peak_memory = PeakMemory(described.operations)
     schemes = {name: scheme_by_name_or_file(name, described, peak_memory, device) for name in NAMED_SCHEMES}
     console = Console()

@@ -20,7 +20,7 @@ from microtune.modules.microcontrollers import Microcontroller, microcontroller
 from microtune.modules.peak_memory import OptimizerState, PeakMemory, Timeline
 from microtune.modules.training_memory import LayerExtraMemory, extra_memory_per_layer
 from microtune.recipes.command_line import run
-from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, what_would_fit
+from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, size_of, what_would_fit
 from microtune.recipes.networks import NetworkName, describe_network, scheme_by_name_or_file
 
 
@@ -30,6 +30,7 @@ def main(
     network: NetworkName = "mobilenet_v2",
     width: float = 0.35,
     resolution: int = 128,
+    input_width: int | None = None,
     num_classes: int = 10,
     in_channels: int = 3,
     head_convolution: bool = False,
@@ -50,7 +51,8 @@ def main(
         mcu: Microcontroller, such as stm32f746.
         network: Its architecture.
         width: Multiplier of its channels.
-        resolution: Height and width of the input in pixels.
+        resolution: Height and width of the input in pixels; of a spectrogram, its frames.
+        input_width: Width of the input where it is another: of a spectrogram, its bands.
         num_classes: Outputs of the classifier.
         in_channels: Channels of the input.
         head_convolution: Whether the network has its last 1x1 convolution.
@@ -65,7 +67,8 @@ def main(
         json: Print one JSON object and nothing else, and draw nothing.
     """
     device = microcontroller(mcu, sram_bytes, flash_bytes, reserve_bytes)
-    described = describe_network(width, resolution, num_classes, in_channels, head_convolution)
+    input_shape = (in_channels, resolution, resolution if input_width is None else input_width)
+    described = describe_network(width, input_shape, num_classes, head_convolution)
     peak_memory = PeakMemory(
         described.operations,
         optimizer_state=optimizer_state,
@@ -91,11 +94,10 @@ def main(
     console.print(summary(report, device))
     if nothing_fits:
         console.print(report["advice"])
-    picture = out_dir / f"{described.name}_{resolution}px_{Path(scheme).stem}_{device.name}.png"
+    size = size_of(input_shape)
+    picture = out_dir / f"{described.name}_{size.replace(' ', '')}_{Path(scheme).stem}_{device.name}.png"
     matplotlib.use("Agg")
-    draw_memory(
-        timeline, device, f"One training step of {described.name} at {resolution} px, {Path(scheme).stem}", picture
-    )
+    draw_memory(timeline, device, f"One training step of {described.name} at {size}, {Path(scheme).stem}", picture)
     console.print(f"picture: {picture}", soft_wrap=True)
 
 

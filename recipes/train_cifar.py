@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from microtune.datamodules.cifar import CIFAR
 from microtune.modules.mobilenet_v2 import NORMALIZATION, padding_of_weights
-from microtune.recipes.command_line import run
-from microtune.recipes.fine_tuning import fine_tune
+from microtune.recipes.command_line import flat, run
+from microtune.recipes.training import train
 
 
 def main(
@@ -41,24 +41,13 @@ def main(
         seed: Of the fresh classifier, the order of the samples and their augmentation.
         num_workers: Processes that load the data.
     """
-    arguments = {**locals(), **options}
-    arguments.pop("options")
+    arguments = flat(locals())
     normalization = NORMALIZATION[padding_of_weights(weights)]
     data = CIFAR(
         data_dir, classes, resolution, batch_size, seed, normalization=normalization, download=download,
         num_workers=num_workers,
     )  # fmt: skip
-    return fine_tune(
-        data,
-        "train_cifar",
-        arguments,
-        weights=weights,
-        resolution=resolution,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        **options,
-    )
+    return train(data, "train_cifar", arguments, weights, epochs, batch_size, seed, **options)
 
 
 if __name__ == "__main__":

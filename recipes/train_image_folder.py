@@ -12,8 +12,8 @@ from typing import Any
 
 from microtune.datamodules.image_folder import ImageFolder
 from microtune.modules.mobilenet_v2 import NORMALIZATION, padding_of_weights
-from microtune.recipes.command_line import run
-from microtune.recipes.fine_tuning import fine_tune
+from microtune.recipes.command_line import flat, run
+from microtune.recipes.training import train
 
 
 def main(
@@ -39,8 +39,7 @@ def main(
         num_workers: Processes that load the data.
         skip_broken: Leave out files that are no images, and say how many.
     """
-    arguments = {**locals(), **options}
-    arguments.pop("options")
+    arguments = flat(locals())
     data = ImageFolder(
         data_dir,
         resolution,
@@ -50,17 +49,7 @@ def main(
         num_workers=num_workers,
         skip_broken=skip_broken,
     )
-    return fine_tune(
-        data,
-        "train_image_folder",
-        arguments,
-        weights=weights,
-        resolution=resolution,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        **options,
-    )
+    return train(data, "train_image_folder", arguments, weights, epochs, batch_size, seed, **options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The job that all training recipes share: fine-tune a network under a scheme that fits a microcontroller."""
+"""The job that all training recipes share: train a network, from scratch or under a scheme that fits an MCU."""
 
+import copy
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ from typing import Any
 
 import matplotlib
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -18,7 +19,14 @@ from microtune.modules.batch_norm_folding import fold_batch_norm
 from microtune.modules.channel_choice import ChannelChoice
 from microtune.modules.classifier import Classifier, OptimizerName
 from microtune.modules.microcontrollers import Microcontroller, microcontroller
-from microtune.modules.mobilenet_v2 import build_network, load_weights, padding_of_weights, weights_are_folded
+from microtune.modules.mobilenet_v2 import (
+    build_network,
+    class_names_of_weights,
+    load_weights,
+    padding_of_weights,
+    weights_are_folded,
+    width_of_weights,
+)
 from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.scheme_application import Method
 from microtune.modules.update_scheme import UpdateScheme
@@ -53,29 +61,38 @@ RANGES = {
     "label_smoothing": (0, 1),
     "warmup_fraction": (0, 1),
     "gradient_clip_norm": (0, math.inf),
+    "ema_decay": (0, 1),
+    "num_nodes": (1, math.inf),
 }
 
 
-def fine_tune(
+# MobileNetV2's own (Sandler et al. 2018, section 6.1), but with label smoothing, as those who trained it since have
+FROM_SCRATCH = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1, "ema_decay": 0.0}
+UNDER_A_SCHEME = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, "ema_decay": 0.0}
+
+
+def train(
     data: LightningDataModule,
     recipe: str,
     arguments: dict[str, Any],
     weights: str,
-    resolution: int,
     epochs: int,
     batch_size: int,
     seed: int,
-    scheme: str = "sub_tensor",
+    scratch_defaults: dict[str, float] | None = None,
+    earlier_data: LightningDataModule | None = None,
+    scheme: str | None = None,
     mcu: str | None = None,
     network: NetworkName = "mobilenet_v2",
-    width: float = 0.35,
+    width: float | None = None,
     head_convolution: bool = False,
     learning_rate: float | None = None,
     optimizer: OptimizerName = "sgd",
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    label_smoothing: float = 0.0,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+    label_smoothing: float | None = None,
     warmup_fraction: float = 0.1,
+    ema_decay: float | None = None,
     accumulate_batches: int = 1,
     gradient_clip_norm: float | None = None,
     channel_choice: ChannelChoice = "weight_norm",
@@ -84,8 +101,11 @@ def fine_tune(
     flash_bytes: int | None = None,
     reserve_bytes: int | None = None,
     allow_oversize: bool = False,
+    evaluate_only: bool = False,
+    compile: bool = False,
     accelerator: str = "auto",
     devices: str = "auto",
+    num_nodes: int = 1,
     strategy: str = "auto",
     precision: str = "32-true",
     logger: LoggerName = "wandb",
@@ -99,23 +119,28 @@ def fine_tune(
         recipe: Name of the recipe.
         arguments: Of the recipe, which ``config.yaml`` keeps.
         weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
-        resolution: Height and width of the input in pixels.
         epochs: Passes over the training split.
         batch_size: Samples per batch and device.
         seed: Of the fresh classifier, the order of the samples and their augmentation.
+        scratch_defaults: The recipe's own settings where training begins from scratch, instead of ``FROM_SCRATCH``.
+        earlier_data: What the weights were trained on: tested before and after, with the weights' own classifier, to
+            say what was forgotten.
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits the
-            microcontroller) or full; none trains everything with batch norm, which no microcontroller does.
+            microcontroller) or full; none trains everything with batch norm, which no microcontroller does. By default
+            sub_tensor where weights are given, and none from scratch.
         mcu: Microcontroller that a training step must fit; by default stm32f746, unless sram_bytes describes another.
         network: Its architecture.
-        width: Multiplier of its channels.
+        width: Multiplier of its channels; by default that of the weights, and 0.35 from scratch.
         head_convolution: Whether the network has its last 1x1 convolution.
         learning_rate: At its highest; by default 0.1 / 256 x batch_size x accumulate_batches with SGD (Lin et al.),
-            0.001 with AdamW.
+            0.001 with AdamW. Speech from scratch has 0.1 (train_speech_commands.py).
         optimizer: sgd or adamw.
-        momentum: Of SGD; anything but 0 needs optimizer state.
-        weight_decay: Of weights, not of biases and norms.
-        label_smoothing: Of the loss.
+        momentum: Of SGD; anything but 0 needs optimizer state. By default 0 under a scheme, else 0.9.
+        weight_decay: Of weights, not of biases and norms. By default 0 under a scheme, else 0.00004 (Sandler et al.).
+        label_smoothing: Of the loss. By default 0 under a scheme, else 0.1.
         warmup_fraction: Part of all steps in which the learning rate rises; then it falls to zero as a cosine.
+        ema_decay: Of the exponential moving average of the weights per step, which is what is tested; 0 for none, the
+            default but for ImageNet from scratch, which has 0.9999.
         accumulate_batches: Batches whose gradients are summed before a step.
         gradient_clip_norm: Largest norm of the gradient.
         channel_choice: How a layer's updated channels are chosen: weight_norm or random.
@@ -124,8 +149,11 @@ def fine_tune(
         flash_bytes: Flash, likewise.
         reserve_bytes: SRAM that is not for training, likewise.
         allow_oversize: Train although the scheme does not fit.
+        evaluate_only: Train nothing: test the weights as they are.
+        compile: Compile the network with torch.compile: minutes at the start, for faster steps.
         accelerator: As Lightning's Trainer takes it.
         devices: Number of devices, or auto.
+        num_nodes: Machines, each of which runs the recipe.
         strategy: As Lightning's Trainer takes it, such as ddp.
         precision: As Lightning's Trainer takes it, such as bf16-mixed.
         logger: wandb (offline unless you are logged in), or csv or none to do without; metrics are kept as CSV in
@@ -139,33 +167,54 @@ def fine_tune(
     device = microcontroller(mcu or default_mcu, sram_bytes, flash_bytes, reserve_bytes)
     data.prepare_data()
     data.setup()
-    padding = padding_of_weights(weights)
-    described = describe_network(width, resolution, data.num_classes, data.in_channels, head_convolution, padding)
+    described = describe_network(
+        width_of_weights(weights) or 0.35 if width is None else width,
+        data.input_shape,
+        data.num_classes,
+        head_convolution,
+        padding_of_weights(weights),
+    )
+    from_scratch = (weights == "none" if scheme is None else scheme == "none") or evaluate_only
     peak_memory = PeakMemory(
         described.operations,
         optimizer_state="adam" if optimizer == "adamw" else "momentum" if momentum else "none",
         gradient_accumulation=accumulate_batches > 1,
     )
-    update_scheme = None if scheme == "none" else scheme_by_name_or_file(scheme, described, peak_memory, device)
-    if update_scheme is not None and not allow_oversize:
-        remedy = "or give --allow_oversize to train anyway"
-        refuse_oversize(peak_memory, update_scheme, device, described.network, remedy)
-
-    if update_scheme is not None and weights == "none":
-        log.warning("a scheme updates little of a network that has learnt nothing: give --weights, or --scheme none")
+    update_scheme = None
+    if not from_scratch:
+        update_scheme = scheme_by_name_or_file(scheme or "sub_tensor", described, peak_memory, device)
+        if not allow_oversize:
+            remedy = "or give --allow_oversize to train anyway"
+            refuse_oversize(peak_memory, update_scheme, device, described.network, remedy)
+        if weights == "none":
+            log.warning("a scheme updates little of a network that has learnt nothing: give --weights")
+    if evaluate_only and weights == "none":
+        raise UserError("evaluate_only tests weights: give them with --weights")
 
     seed_everything(seed, verbose=False)
-    default_rate = 1e-3 if optimizer == "adamw" else 0.1 / 256 * batch_size * accumulate_batches
-    module = Classifier(
-        {**described.arguments, "folded": update_scheme is not None},
-        learning_rate=default_rate if learning_rate is None else learning_rate,
-        optimizer=optimizer,
+    settings = settings_of(
+        FROM_SCRATCH | (scratch_defaults or {}) if from_scratch else UNDER_A_SCHEME,
+        learning_rate=learning_rate,
         momentum=momentum,
         weight_decay=weight_decay,
-        warmup_fraction=warmup_fraction,
         label_smoothing=label_smoothing,
+        ema_decay=ema_decay,
     )
-    load_pretrained(module, weights, described.input_shape)
+    average_decay = settings.pop("ema_decay")
+    if "learning_rate" not in settings:
+        settings["learning_rate"] = 1e-3 if optimizer == "adamw" else 0.1 / 256 * batch_size * accumulate_batches
+    folded = weights_are_folded(weights) if evaluate_only else update_scheme is not None
+    module = Classifier(
+        {**described.arguments, "folded": folded},
+        optimizer=optimizer,
+        warmup_fraction=warmup_fraction,
+        class_names=data.class_names,
+        **settings,
+    )
+    load_pretrained(module, weights, described.input_shape, whole=evaluate_only)
+    earlier = None if earlier_data is None else earlier_classifier(module, weights, described.input_shape, earlier_data)
+    if compile:
+        module.net.compile()
 
     out_dir = open_run_folder(out_dir, recipe, resume)
     if resume:
@@ -173,9 +222,12 @@ def fine_tune(
     callbacks = [ModelCheckpoint(out_dir, "last", save_on_train_epoch_end=True, enable_version_counter=False)]
     if update_scheme is not None:
         callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
+    if average_decay:
+        callbacks.append(EMAWeightAveraging(decay=average_decay))
     trainer = make_trainer(
         accelerator=accelerator,
         devices=devices,
+        num_nodes=num_nodes,
         strategy=strategy,
         precision=precision,
         max_epochs=epochs,
@@ -184,20 +236,37 @@ def fine_tune(
         callbacks=callbacks,
     )
     memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
+    forgotten = {} if earlier is None else {"earlier_top1_before": test_quietly(trainer, earlier, earlier_data)}
     loggers = trainer.loggers = make_loggers(logger, out_dir, recipe)
     log_run_start(wandb_run(loggers), plain(arguments), update_scheme, memory, out_dir)
-    trainer.fit(module, data, ckpt_path=checkpoint_to_resume(out_dir) if resume else None)
+    if not evaluate_only:
+        trainer.fit(module, data, ckpt_path=checkpoint_to_resume(out_dir) if resume else None)
 
     report = evaluate(trainer, module, data) | memory
     if not math.isfinite(report["loss"]):
         rate = module.hparams.learning_rate
         raise UserError(f"training diverged at learning rate {rate:g}: start anew with a smaller --learning_rate")
-    report |= {"epochs": epochs, "batch_size": batch_size, "seed": seed, "seconds": time.monotonic() - started}
+    if earlier is not None:
+        take_trunk(earlier, module)
+        forgotten["earlier_top1_after"] = test_quietly(trainer, earlier, earlier_data)
+        report |= forgotten
+    report |= {"epochs": 0 if evaluate_only else epochs, "batch_size": batch_size, "seed": seed}
+    report |= {"seconds": time.monotonic() - started}
     if rank_zero_only.rank == 0:
         log_run_end(wandb_run(loggers), report, module.test_confusion, data.class_names)
         write_json(out_dir / "report.json", report)
         print_result(report, out_dir)
     return report
+
+
+def settings_of(defaults: dict[str, float], **given: float | None) -> dict[str, float]:
+    """What is given, and the defaults for what is None.
+
+    Example::
+
+        settings_of({"momentum": 0.9}, momentum=None, label_smoothing=0.2)  # {"momentum": 0.9, "label_smoothing": 0.2}
+    """
+    return defaults | {name: value for name, value in given.items() if value is not None}
 
 
 def check_ranges(arguments: dict[str, Any]) -> None:
@@ -220,17 +289,66 @@ def make_trainer(**options: Any) -> Trainer:
         raise UserError(f"accelerator, devices, strategy or precision: {error}") from error
 
 
-def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, int, int]) -> None:
-    """Loads weights into the module's network, folding their batch norm if the network's is folded."""
+def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, int, int], whole: bool) -> None:
+    """Loads weights into the module's network, folding their batch norm if the network's is folded.
+
+    Args:
+        module: Whose network gets the weights.
+        weights: As ``load_weights`` takes them.
+        input_shape: Channels, height and width of a sample.
+        whole: Whether the classifier must be among them; otherwise it stays fresh where the weights have none, or
+            one of other classes.
+
+    Raises:
+        UserError: The weights do not suit the network.
+    """
     network = module.hparams.network
     if weights == "none":
         return
+    fresh = copy.deepcopy(module.net.classifier.state_dict())
     if network["folded"] == weights_are_folded(weights):
-        load_weights(module.net, weights)
-        return
-    unfolded = build_network(**{**network, "folded": False})
-    load_weights(unfolded, weights)
-    module.net.load_state_dict(fold_batch_norm(unfolded, input_shape).state_dict())
+        load_weights(module.net, weights, whole)
+    else:
+        unfolded = build_network(**{**network, "folded": False})
+        load_weights(unfolded, weights, whole)
+        module.net.load_state_dict(fold_batch_norm(unfolded, input_shape).state_dict())
+    known, wanted = class_names_of_weights(weights), module.hparams.class_names
+    if known is not None and known != wanted:
+        if whole:
+            raise UserError(
+                f"{weights} knows the classes {_few(known)}, the data has {_few(wanted)}: give its own data"
+            )
+        module.net.classifier.load_state_dict(fresh)
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}, ... ({len(names)})" if len(names) > 3 else ", ".join(names)
+
+
+def earlier_classifier(
+    module: Classifier, weights: str, input_shape: tuple[int, int, int], earlier_data: LightningDataModule
+) -> Classifier:
+    """The network as its weights were trained: with their own classifier, for the classes of ``earlier_data``."""
+    earlier_data.prepare_data()
+    earlier_data.setup()
+    network = {**module.hparams.network, "num_classes": earlier_data.num_classes}
+    earlier = Classifier(network, class_names=earlier_data.class_names)
+    load_pretrained(earlier, weights, input_shape, whole=True)
+    return earlier
+
+
+def take_trunk(earlier: Classifier, module: Classifier) -> None:
+    """Puts all of the module's network but its classifier into that of ``earlier``."""
+    state = {name: value for name, value in module.net.state_dict().items() if not name.startswith("classifier.")}
+    earlier.net.load_state_dict(state, strict=False)
+
+
+def test_quietly(trainer: Trainer, module: Classifier, data: LightningDataModule) -> float:
+    """Top-1 on the test split, of which the loggers learn nothing."""
+    loggers, trainer.loggers = trainer.loggers, []
+    top1 = trainer.test(module, data, verbose=False)[0]["test/top1"]
+    trainer.loggers = loggers
+    return top1
 
 
 def keep_run_start(
@@ -273,5 +391,10 @@ def print_result(report: dict[str, Any], out_dir: Path) -> None:
             f"one training step (batch 1, int8): peak {report['peak_memory_bytes'] / KIB:.1f} KiB, {verdict} "
             f"{report['mcu']} with {report['budget_bytes'] / KIB:.1f} KiB; "
             f"extra memory {report['extra_memory_bytes'] / KIB:.1f} KiB"
+        )
+    if "earlier_top1_before" in report:
+        print(
+            f"top-1 on what it knew before, with its earlier classifier: {report['earlier_top1_before']:.2%}, "
+            f"now {report['earlier_top1_after']:.2%}"
         )
     print(f"results: {out_dir / 'report.json'}")

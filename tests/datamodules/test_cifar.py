@@ -52,7 +52,7 @@ def ready(data_dir, **arguments):
 
 def test_real_data(shared_data):
     data = ready(shared_data / "cifar10")
-    assert (data.num_classes, data.in_channels) == (10, 3)
+    assert (data.num_classes, data.input_shape) == (10, (3, 96, 96))
     assert data.class_names == NAMES
     assert (data.train_samples, data.val_samples, data.test_samples) == (5850, 650, 1500)
     images, labels = next(iter(data.train_dataloader()))

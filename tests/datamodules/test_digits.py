@@ -22,7 +22,7 @@ def batches(loader):
 
 def test_sizes_types_and_range():
     data = ready(batch_size=50)
-    assert (data.num_classes, data.in_channels) == (10, 1)
+    assert (data.num_classes, data.input_shape) == (10, (1, 32, 32))
     assert data.class_names == [str(digit) for digit in range(10)]
     assert data.train_samples + data.val_samples + data.test_samples == 1797
     loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())

@@ -51,7 +51,7 @@ def two_folders(tmp_path):
 
 def test_real_data(shared_data):
     data = ready(shared_data / "flowers17", resolution=128, batch_size=64, num_workers=2)
-    assert (data.num_classes, data.in_channels) == (17, 3)
+    assert (data.num_classes, data.input_shape[0]) == (17, 3)
     assert data.class_names == sorted(data.class_names)
     assert data.class_names[:2] == ["bluebell", "buttercup"]
     assert (data.train_samples, data.val_samples, data.test_samples) == (17 * 54, 17 * 6, 17 * 20)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -124,13 +125,84 @@ def tiny_images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_cifar, tiny_images) -> Callable[[str], dict[str, Any]]:
+def tiny_imagenet(tmp_path_factory) -> Path:
+    """Folders train/ and val/ with three of ImageNet's classes, 12 and 4 images each."""
+    data_dir = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 12), ("val", 4)):
+        for label, wnid in enumerate(("n01440764", "n02099601", "n15075141")):
+            (data_dir / split / wnid).mkdir(parents=True)
+            for number in range(images):
+                pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(data_dir / split / wnid / f"{number:02}.JPEG")
+    return data_dir
+
+
+def tone(hertz: float, rng: np.random.Generator, rate_hz: int = 16_000) -> np.ndarray:
+    """A second of a tone in noise, which takes the place of a word."""
+    seconds = np.arange(rate_hz) / rate_hz
+    return 0.3 * np.sin(2 * np.pi * hertz * seconds) + rng.normal(0, 0.01, rate_hz)
+
+
+@pytest.fixture(scope="session")
+def tiny_speech_commands(tmp_path_factory) -> Path:
+    """Speech Commands' layout: the ten commands with 6 training, 2 validation and 2 test clips each, and noise."""
+    data_dir = tmp_path_factory.mktemp("speech")
+    folder = data_dir / "SpeechCommands/speech_commands_v0.02"
+    rng = np.random.default_rng(0)
+    listed = {"validation": [], "testing": []}
+    for number, word in enumerate(("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")):
+        (folder / word).mkdir(parents=True)
+        for clip in range(10):
+            speaker = "aaaaaaaa" if clip < 6 else "bbbbbbbb" if clip < 8 else "cccccccc"
+            name = f"{word}/{speaker}_nohash_{clip}.wav"
+            soundfile.write(folder / name, tone(300 * (number + 1), rng), 16_000, subtype="PCM_16")
+            if clip >= 6:
+                listed["validation" if clip < 8 else "testing"].append(name)
+    for name, clips in listed.items():
+        (folder / f"{name}_list.txt").write_text("\n".join(clips) + "\n")
+    (folder / "_background_noise_").mkdir()
+    noise = rng.normal(0, 0.1, 12 * 16_000)
+    soundfile.write(folder / "_background_noise_/white_noise.wav", noise, 16_000, subtype="PCM_16")
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_mswc(tmp_path_factory) -> Path:
+    """MSWC's layout: three words each in English and Arabic, with 8 training, 2 validation and 4 test clips."""
+    data_dir = tmp_path_factory.mktemp("mswc")
+    rng = np.random.default_rng(0)
+    for language, words in (("en", ("bed", "cat", "tree")), ("ar", ("واحد", "اثنان", "ثلاثة"))):
+        rows = ["SET,LINK,WORD,VALID,SPEAKER,GENDER"]
+        for number, word in enumerate(words):
+            (data_dir / language / "clips" / word).mkdir(parents=True)
+            for clip in range(14):
+                link = f"{word}/common_voice_{language}_{clip}.opus"
+                sound = tone(500 * (number + 1) + 100 * (language == "ar"), rng, 48_000)
+                path = data_dir / language / "clips" / link
+                soundfile.write(path, sound, 48_000, format="OGG", subtype="OPUS")
+                rows.append(f"{'TRAIN' if clip < 8 else 'DEV' if clip < 10 else 'TEST'},{link},{word},True,{clip},NAN")
+        (data_dir / language / f"{language}_splits.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tiny_cifar, tiny_images, tiny_imagenet, tiny_speech_commands, tiny_mswc
+) -> Callable[[str], dict[str, Any]]:
     """The arguments of a training recipe's ``main`` for a run of about a second."""
-    data_dirs = {"train_cifar": tiny_cifar, "train_image_folder": tiny_images}
+    of_recipe = {
+        "train_cifar": {"data_dir": tiny_cifar, "resolution": 32},
+        "train_image_folder": {"data_dir": tiny_images, "resolution": 32},
+        "train_imagenet": {"data_dir": tiny_imagenet, "resolution": 32, "allow_oversize": True},
+        "train_mswc": {"data_dir": tiny_mswc, "languages": "ar"},
+        "train_speech_commands": {"data_dir": tiny_speech_commands, "task": "words10"},
+    }
 
     def arguments(recipe: str) -> dict[str, Any]:
-        values = {"resolution": 32, "epochs": 3, "batch_size": 16, "num_workers": 0, "learning_rate": 0.05}
-        return {"data_dir": data_dirs[recipe], **values, "accelerator": "cpu", "logger": "none"}
+        values = {"epochs": 3, "batch_size": 16, "num_workers": 0, "learning_rate": 0.05, "scheme": "sub_tensor"}
+        return {**of_recipe[recipe], **values, "accelerator": "cpu", "logger": "none"}
 
     return arguments
 

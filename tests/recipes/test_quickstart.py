@@ -119,7 +119,7 @@ def test_adaptation_changes_what_its_scheme_updates(run, monkeypatch):
     """The network that is tested has a new classifier, the scheme's update, and else the pretrained weights."""
     monkeypatch.setattr(quickstart, "ADAPTATION_EPOCHS", 1)
     monkeypatch.setattr(quickstart, "PRETRAINING_EPOCHS", 1)
-    described = quickstart.describe_network(0.35, 32, 5, 1, head_convolution=False)
+    described = quickstart.describe_network(0.35, (1, 32, 32), 5, head_convolution=False)
     pretrained = quickstart.pretrain(described, lambda: None)
     modules = []
     original = quickstart.Classifier

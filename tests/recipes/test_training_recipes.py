@@ -17,16 +17,25 @@ from PIL import Image
 
 from microtune.datamodules.cifar import CIFAR
 from microtune.datamodules.image_folder import ImageFolder
+from microtune.datamodules.imagenet import ImageNet
+from microtune.datamodules.mswc import MSWC
+from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.classifier import Classifier
 from microtune.modules.mobilenet_v2 import NORMALIZATION, mobilenet_v2
 from microtune.modules.operations import find_operations
 from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes import fine_tuning
+from microtune.recipes import training
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("train_*.py"))
 REPORT_KEYS = {"top1", "val_top1", "loss", "train_samples", "val_samples", "test_samples", "classes", "seconds"}
-SAMPLES = {"train_cifar": [90, 10, 20, 10], "train_image_folder": [42, 6, 12, 3]}
+SAMPLES = {
+    "train_cifar": [90, 10, 20, 10],
+    "train_image_folder": [42, 6, 12, 3],
+    "train_imagenet": [33, 3, 12, 1000],
+    "train_mswc": [24, 6, 12, 3],
+    "train_speech_commands": [60, 20, 20, 10],
+}
 
 # Lightning's remarks: few steps per epoch, a folder that is not empty, no workers
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -86,7 +95,7 @@ def interrupt(monkeypatch):
 
 
 def test_the_training_recipes():
-    assert RECIPES == ["train_cifar", "train_image_folder"]
+    assert RECIPES == ["train_cifar", "train_image_folder", "train_imagenet", "train_mswc", "train_speech_commands"]
 
 
 @each_recipe
@@ -112,21 +121,31 @@ def test_report(recipe, finished_runs):
     assert [report[name] for name in ("train_samples", "val_samples", "test_samples", "classes")] == SAMPLES[recipe]
     assert ("top5" in report) == (report["classes"] > 5)
     assert report["seconds"] > 0
-    assert (report["mcu"], report["fits"]) == ("stm32f746", True)
-    assert report["peak_memory_bytes"] <= report["budget_bytes"] == 288 * 1024
+    assert report["mcu"] == "stm32f746"
+    assert report["budget_bytes"] == 288 * 1024
+    assert report["fits"] == (report["peak_memory_bytes"] <= report["budget_bytes"])
+    # a classifier of 1000 classes alone, with its gradient, is 875 KiB
+    assert report["fits"] == (recipe != "train_imagenet")
 
 
 @each_recipe
 def test_report_is_about_the_checkpoint(recipe, finished_runs, tiny_run):
     """The accuracy and the loss are those of a plain forward pass of what ``last.ckpt`` holds."""
-    arguments = tiny_run(recipe)
-    source = {"train_cifar": CIFAR, "train_image_folder": ImageFolder}[recipe]
-    data = source(arguments["data_dir"], resolution=32, normalization=NORMALIZATION["symmetric"], num_workers=0)
+    data_dir = tiny_run(recipe)["data_dir"]
+    of_images = {"resolution": 32, "normalization": NORMALIZATION["symmetric"], "num_workers": 0}
+    data = {
+        "train_cifar": lambda: CIFAR(data_dir, **of_images),
+        "train_image_folder": lambda: ImageFolder(data_dir, **of_images),
+        "train_imagenet": lambda: ImageNet(data_dir, **of_images),
+        "train_mswc": lambda: MSWC(data_dir, ["ar"]),
+        "train_speech_commands": lambda: SpeechCommands(data_dir, "words10"),
+    }[recipe]()
     data.setup()
     module = Classifier.load_from_checkpoint(finished_runs[recipe] / "last.ckpt").eval()
     report = read_report(finished_runs[recipe])
     for loader, name in ((data.test_dataloader(), "top1"), (data.val_dataloader(), "val_top1")):
-        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         with torch.no_grad():
             logits = module(images)
         assert report[name] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
@@ -296,7 +315,7 @@ def test_default_folders_of_runs_of_the_same_second(tiny_run, monkeypatch, tmp_p
 
 def test_fine_tunes_from_a_checkpoint_of_a_sparse_run(finished_runs, tiny_run, weights_of, tmp_path):
     run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
-    main_of("train_cifar")(**run, weights=str(finished_runs["train_cifar"] / "last.ckpt"), scheme="classifier")
+    main_of("train_cifar")(**run | {"weights": str(finished_runs["train_cifar"] / "last.ckpt"), "scheme": "classifier"})
     first, then = weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run")
     changed = {name for name in first if not torch.equal(first[name], then[name])}
     assert changed == {"net.classifier.1.weight", "net.classifier.1.bias"}
@@ -304,7 +323,9 @@ def test_fine_tunes_from_a_checkpoint_of_a_sparse_run(finished_runs, tiny_run, w
 
 def test_checkpoint_of_other_classes_gives_its_trunk(finished_runs, tiny_run, weights_of, tmp_path):
     run = tiny_run("train_image_folder") | {"epochs": 1, "out_dir": tmp_path / "run"}
-    main_of("train_image_folder")(**run, weights=str(finished_runs["train_cifar"] / "last.ckpt"), scheme="classifier")
+    main_of("train_image_folder")(
+        **run | {"weights": str(finished_runs["train_cifar"] / "last.ckpt"), "scheme": "classifier"}
+    )
     first, then = weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run")
     assert then["net.classifier.1.weight"].shape == (3, 112)
     trunk = [name for name in first if "features" in name]
@@ -323,7 +344,7 @@ def test_checkpoint_of_other_classes_gives_its_trunk(finished_runs, tiny_run, we
 )
 def test_memory_figures_are_those_of_the_training(options, counted, scheme_file, tiny_run, tmp_path):
     run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
-    report = main_of("train_cifar")(**run, **options, scheme=str(scheme_file), allow_oversize=True)
+    report = main_of("train_cifar")(**run | {"scheme": str(scheme_file), "allow_oversize": True}, **options)
     scheme = UpdateScheme.load(scheme_file)
     assert report["peak_memory_bytes"] == PeakMemory(tiny_operations(), **counted).peak_bytes(scheme)
     assert UpdateScheme.load(tmp_path / "run/scheme.json") == scheme
@@ -358,23 +379,30 @@ def test_flash_that_is_too_small(tiny_run, as_words, command, tmp_path):
 
 def test_without_a_scheme_everything_is_trained_with_batch_norm(tiny_run, weights_of, tmp_path):
     run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
-    report = main_of("train_cifar")(**run, scheme="none")
+    report = main_of("train_cifar")(**run | {"scheme": "none"})
     assert "peak_memory_bytes" not in report
     assert not (tmp_path / "run/scheme.json").exists()
     assert "net.features.0.1.running_mean" in weights_of(tmp_path / "run")
 
 
-def test_command_line_knows_what_fine_tune_takes(command):
+def test_command_line_knows_what_training_takes(command):
     for recipe in RECIPES:
         ended = command(recipe, "--help")
         assert ended.status == 0
-        for option in fine_tuning.fine_tune.__annotations__.keys() - {"data", "recipe", "arguments", "return"}:
+        for option in training.train.__annotations__.keys() - {
+            "data",
+            "recipe",
+            "arguments",
+            "earlier_data",
+            "scratch_defaults",
+            "return",
+        }:
             assert f"--{option} " in ended.output, option
 
 
 def train_on_real_images(recipe, data_dir, monkeypatch, out_dir, **limits):
     """One epoch from Keras' weights at 64 px; ``limits`` of Lightning's Trainer make it a short one."""
-    monkeypatch.setattr(fine_tuning, "Trainer", functools.partial(Trainer, **limits))
+    monkeypatch.setattr(training, "Trainer", functools.partial(Trainer, **limits))
     weights = data_dir.parent / "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"
     shared = {"resolution": 64, "epochs": 1, "num_workers": 0, "logger": "none", "accelerator": "cpu"}
     main_of(recipe)(data_dir=data_dir, weights=str(weights), **shared, out_dir=out_dir)

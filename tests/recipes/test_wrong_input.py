@@ -206,7 +206,7 @@ def write_weights(folder):
 )
 def test_weights(file, message, refused, cifar_words, here):
     write_weights(here)
-    refused(message, "train_cifar", *cifar_words, "--weights", file)
+    refused(message, "train_cifar", *cifar_words, "--width", "0.35", "--weights", file)
 
 
 def test_real_weights_of_another_width(shared_data, refused, cifar_words):
