@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import soundfile
@@ -125,6 +125,8 @@ def decode_clips(
 
         clips, decodable = decode_clips(paths, cache="disk", name="speech_commands")
     """
+    if cache not in get_args(CacheName):
+        raise UserError(f"cache is {cache!r}: give one of {', '.join(get_args(CacheName))}")
     if cache == "memory":
         _check_memory(len(paths) * CLIP_BYTES)
         clips = np.zeros((len(paths), CLIP_SAMPLES), np.int16)

@@ -49,7 +49,8 @@ def normalized(pixels: Tensor, white: int, normalization: Normalization) -> Tens
         normalized(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 255, ((0.5,), (0.5,)))  # all -1
     """
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
-    return ((pixels.float() / white - mean) / std).contiguous(memory_format=torch.channels_last)
+    copied = pixels.to(torch.float32, memory_format=torch.channels_last, copy=True)
+    return copied.div_(white).sub_(mean).div_(std)
 
 
 def shifted(pixels: Tensor, seed: int, epochs: np.ndarray, indices: np.ndarray, shift_px: int, flip: bool) -> Tensor:

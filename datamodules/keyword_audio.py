@@ -224,6 +224,22 @@ def spectrogram_shape(n_mels: int, hop_ms: int) -> tuple[int, int, int]:
     return 1, 1 + (CLIP_SAMPLES - FFT_SAMPLES) // (hop_ms * SAMPLE_RATE_HZ // 1000), n_mels
 
 
+def generated_noise(seconds: int = 20) -> np.ndarray:
+    """Background noise for want of recordings: white, pink and brown, ``seconds`` of each; int16, always the same.
+
+    Of frequency f these have the power f^0, f^-1 and f^-2, above 20 Hz.
+
+    Example::
+
+        front_end = KeywordFrontEnd(noise=generated_noise())
+    """
+    samples = seconds * SAMPLE_RATE_HZ
+    frequencies = np.maximum(np.fft.rfftfreq(samples, 1 / SAMPLE_RATE_HZ), 20.0)
+    spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(samples))
+    colours = [np.fft.irfft(spectrum * frequencies ** (-exponent / 2), samples) for exponent in (0, 1, 2)]
+    return np.concatenate([np.int16(3000 * colour / colour.std()) for colour in colours])
+
+
 def join_recordings(recordings: Sequence[np.ndarray]) -> np.ndarray | None:
     """Background noise for ``KeywordFrontEnd``: recordings (int16) one after another, or None if there are none."""
     return np.concatenate(recordings) if recordings else None

@@ -20,6 +20,7 @@ from microtune.datamodules.keyword_audio import (
     Batch,
     KeywordClips,
     KeywordFrontEnd,
+    generated_noise,
     join_recordings,
     spectrogram_shape,
 )
@@ -62,7 +63,7 @@ class MSWC(LightningDataModule):
             has on average.
         shots: training clips per class, drawn by ``seed``; or None for all.
         splits_dir: the folder of the csv files, or of a folder of them per language, if not beside the audio.
-        noise_dir: a folder of WAV files that training clips are mixed with; or None for no noise.
+        noise_dir: a folder of WAV files that training clips are mixed with; or None for generated noise.
         archives: tar files that ``prepare_data`` unpacks into ``data_dir``, each once.
         batch_size: clips in a batch; the last one of an epoch may be smaller.
         seed: order, augmentation and shots of the training clips are functions of it.
@@ -144,7 +145,7 @@ class MSWC(LightningDataModule):
         """Read the splits and decode the clips, whatever the stage; a second call does nothing."""
         if self._train is not None:
             return
-        noise = None if self.noise_dir is None else read_noise(self.noise_dir)
+        noise = generated_noise() if self.noise_dir is None else read_noise(self.noise_dir)
         front_end = KeywordFrontEnd(self.n_mels, self.hop_ms, noise)
         paths, labels, split_of, class_names = self._choose()
         clips, decodable = decode_clips(

@@ -175,10 +175,10 @@ def stratified_split(labels: np.ndarray, held_out_fraction: float, split_seed: i
     """
     if not 0 < held_out_fraction < 1:
         raise UserError(f"a held-out fraction of {held_out_fraction} splits nothing: give one such as 0.1")
-    order = np.argsort(random_bits(split_seed, 0, np.arange(len(labels)), draws=1)[:, 0], kind="stable")
+    bits = random_bits(split_seed, 0, np.arange(len(labels)), draws=1)[:, 0]
+    by_class = np.lexsort((bits, labels))
     held_out = []
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
+    for members in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
         count = max(1, round(len(members) * held_out_fraction))
         held_out.append(members[: min(count, len(members) - 1)])
     held_out = np.sort(np.concatenate(held_out))

@@ -23,6 +23,7 @@ from microtune.datamodules.keyword_audio import (
     Batch,
     KeywordClips,
     KeywordFrontEnd,
+    generated_noise,
     join_recordings,
     spectrogram_shape,
 )
@@ -423,7 +424,8 @@ def read_noise(folder: Path, task: Task, skip_broken: bool) -> dict[str, np.ndar
         skip_broken: leave out recordings that cannot be read, and log how many.
 
     Returns:
-        The splits' noise, int16 of shape (samples,); or None for each if there are no recordings, which is logged.
+        The splits' noise, int16 of shape (samples,); if there are no recordings, which is logged, generated noise for
+        training and None.
 
     Raises:
         UserError: if a recording cannot be read, they are too short, or ``"words12"`` has none.
@@ -449,8 +451,8 @@ def read_noise(folder: Path, task: Task, skip_broken: bool) -> dict[str, np.ndar
             "take them from the data set's archive, or give --task words10"
         )
     if not recordings:
-        rank_zero_only(log.warning)("%s has no recordings: no noise is mixed into the training clips", folder)
-        return dict.fromkeys(SPLITS)
+        rank_zero_only(log.warning)("%s has no recordings: generated noise is mixed into the training clips", folder)
+        return {"train": generated_noise(), "val": None, "test": None}
     divided = [np.split(samples, [len(samples) * 8 // 10, len(samples) * 9 // 10]) for samples in recordings]
     noise = dict(zip(SPLITS, map(join_recordings, zip(*divided, strict=True)), strict=True))
     for split in SPLITS if task == "words12" else SPLITS[:1]:

@@ -58,7 +58,7 @@ def main(
         unknown: Add a class for all other words.
         shots: Training clips per word; by default all.
         splits_dir: Folder of the csv files, where they do not lie beside the audio.
-        noise_dir: Folder of WAV files with background noise to mix into training clips.
+        noise_dir: Folder of WAV files with background noise to mix into training clips; by default it is generated.
         archives: Archives to unpack into data_dir first, separated by commas.
         weights: To start from: none (from scratch), or the .ckpt of an earlier run on spoken words.
         forgetting: Test the earlier words too, before and after, where weights lie beside their config.yaml.
