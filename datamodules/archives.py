@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-from rich.progress import Progress
-
+from microtune.datamodules.progress import progress_bar
 from microtune.modules.user_error import UserError
 
 
@@ -32,7 +30,7 @@ def read_archive(path: Path) -> Iterator[Iterator[tuple[tarfile.TarFile, tarfile
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a .tar or .tar.gz file")
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with progress_bar() as progress:
             task = progress.add_task(f"unpacking {path.name}", total=path.stat().st_size)
             with (
                 progress.open(path, "rb", task_id=task) as file,

@@ -18,10 +18,9 @@ import numpy as np
 import soundfile
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.progress import Progress
 from torchaudio.transforms import Resample
 
+from microtune.datamodules.progress import progress_bar
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_folder, write_json
 
@@ -177,7 +176,7 @@ def _decode_into(clips: np.ndarray, paths: Sequence[Path], name: str, skip_broke
     broken = []
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        Progress(console=Console(stderr=True), transient=True, disable=rank_zero_only.rank > 0) as progress,
+        progress_bar() as progress,
     ):
         task = progress.add_task(f"decoding {name}", total=len(paths))
         try:

@@ -15,14 +15,13 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import ExifTags, Image, ImageOps
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
 from microtune.datamodules.images_in_memory import Normalization, check_image_arguments, normalized
+from microtune.datamodules.progress import progress_bar
 from microtune.datamodules.reproducible_order import (
     Key,
     data_loader,
@@ -382,7 +381,7 @@ def find_readable(paths: Iterable[Path], count: int, folder: Path) -> np.ndarray
         find_readable(paths, len(paths), Path("flowers"))  # array([True, False, True])
     """
     paths, fine, first = iter(paths), [], None
-    with Progress(console=Console(stderr=True), transient=True) as progress, ThreadPoolExecutor() as pool:
+    with progress_bar() as progress, ThreadPoolExecutor() as pool:
         task = progress.add_task(f"reading every image of {folder.name}", total=count)
         # In portions, because the pool would hold a task for each of a million files.
         while portion := list(itertools.islice(paths, 1000)):

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.progress import Progress
 from torch.utils.data import DataLoader
 from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
 from torchvision.models import MobileNet_V2_Weights
@@ -30,6 +28,7 @@ from microtune.datamodules.image_folder import (
     random_part,
 )
 from microtune.datamodules.images_in_memory import Normalization, check_image_arguments
+from microtune.datamodules.progress import progress_bar
 from microtune.datamodules.reproducible_order import random_bits, stratified_split
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_folder
@@ -350,7 +349,7 @@ def check_archive(path: Path, md5: str) -> None:
         check_archive(Path("imagenet/ILSVRC2012_img_val.tar"), "29b22e2961454d5413ddabcf34fc5622")
     """
     with (
-        Progress(console=Console(stderr=True), transient=True) as progress,
+        progress_bar() as progress,
         progress.open(path, "rb", description=f"checking {path.name}") as file,
     ):
         found = hashlib.file_digest(file, "md5").hexdigest()

@@ -21,6 +21,8 @@ LOWEST_HZ, HIGHEST_HZ = 125.0, 7500.0
 LOG_MEL_MEAN, LOG_MEL_STD = -6.4, 4.7
 SILENCE_POWER = 1e-6  # what is below 16-bit noise shall not be told apart
 
+# of which each is a whole number below 2**24: that is what float32 holds, and no precision of a Trainer rounds it
+DRAW_LIMIT = 2**24
 DRAWS = 12  # random numbers per clip: 1 for the shift, 3 for the noise, 2 for each of 4 masks
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
@@ -38,7 +40,7 @@ class KeywordClips(Dataset):
     Example::
 
         data = KeywordClips(np.zeros((3, 16000), np.int16), np.array([2, 0]), np.array([5, 6]), seed=0)
-        waveforms, labels, draws = data.__getitems__([(0, 1)])  # (1, 16000) int16, (1,) int64, (1, 12) float32
+        waveforms, labels, draws = data.__getitems__([(0, 1)])  # (1, 16000) int16, (1,) int64, (1, 12) int32
     """
 
     def __init__(self, clips: np.ndarray, rows: np.ndarray, labels: np.ndarray, seed: int | None = None) -> None:
@@ -59,9 +61,8 @@ class KeywordClips(Dataset):
         labels = self.labels[torch.from_numpy(indices)]
         if self.seed is None:
             return waveforms, labels
-        draws = random_fractions(self.seed, epochs, indices, DRAWS)
-        draws = np.floor(draws * 2**24) / 2**24  # which float32 holds: rounded up, the largest would be 1
-        return waveforms, labels, torch.from_numpy(draws.astype(np.float32))
+        draws = random_fractions(self.seed, epochs, indices, DRAWS) * DRAW_LIMIT
+        return waveforms, labels, torch.from_numpy(draws.astype(np.int32))
 
 
 class KeywordFrontEnd(nn.Module):
@@ -101,7 +102,7 @@ class KeywordFrontEnd(nn.Module):
         noise: np.ndarray | None = None,
         shift_ms: int = 100,
         noise_fraction: float = 0.8,
-        snr_db: tuple[float, float] = (0.0, 20.0),
+        snr_db: tuple[float, float] = (5.0, 30.0),
         masks: int = 2,
         time_mask_ms: int = 100,
         mel_mask: int = 5,
@@ -140,7 +141,7 @@ class KeywordFrontEnd(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Spectrograms of shape (N, 1, frames, n_mels) and labels of shape (N,) of a batch of ``KeywordClips``."""
         waveforms, labels, *rest = batch
-        draws = rest[0] if rest else None
+        draws = rest[0].float() / DRAW_LIMIT if rest else None
         self.to(waveforms.device)
         waveforms = waveforms.float() / 32768
         if draws is not None:

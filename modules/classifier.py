@@ -39,7 +39,7 @@ class Classifier(LightningModule):
         momentum: Of SGD; 0 needs no optimizer state, as a device wants it.
         weight_decay: Of weights; biases and norms have none.
         warmup_fraction: Part of all optimizer steps in which the learning rate rises from zero.
-        label_smoothing: Of the cross entropy.
+        label_smoothing: Of the cross entropy in training; evaluation has none.
         class_names: What the outputs mean, in their order, for those who find the checkpoint.
 
     Attributes:
@@ -80,9 +80,11 @@ class Classifier(LightningModule):
         """Logits (N, classes) of samples (N, channels, height, width)."""
         return self.net(x.to(self.dtype, memory_format=torch.channels_last))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """The loss of one batch."""
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
+        """The loss of one batch; None passes over a single sample, of which batch norm has no statistics."""
         samples, labels = batch
+        if len(labels) == 1 and not self.hparams.network.get("folded", False):
+            return None
         loss = self.loss(self(samples), labels)
         self.log("train/loss", loss)
         return loss
@@ -103,7 +105,7 @@ class Classifier(LightningModule):
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         samples, labels = batch
         logits = self(samples)
-        self.log(f"{split}/loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
+        self.log(f"{split}/loss", nn.functional.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         for name, metric in self.metrics.items():
             if name.startswith(split):
                 metric.update(logits, labels)

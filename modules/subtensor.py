@@ -1,5 +1,7 @@
 """Layers whose backward pass computes and stores only what an update scheme updates."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -73,11 +75,17 @@ class SubTensorConv2d(nn.Module):
         self.channels = list(channels)
         index = torch.tensor(self.channels, dtype=torch.long, device=self.weight.device)
         group_channels = self.weight.shape[1]
-        # buffers move with the module to its device, but are no part of its state
-        self.register_buffer("channel_index", index, persistent=False)
-        self.register_buffer("group_index", index // group_channels, persistent=False)
-        self.register_buffer("index_in_group", index % group_channels, persistent=False)
+        # no buffers: weight averaging averages those, and an average of whole numbers is cut to another index
+        self.channel_index = index
+        self.group_index = index // group_channels
+        self.index_in_group = index % group_channels
         self.weight_slice = nn.Parameter(self._read_slice(self.weight)) if channels else None
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubTensorConv2d":
+        """Moves the indexes too where the layer moves to another device."""
+        for name in ("channel_index", "group_index", "index_in_group"):
+            setattr(self, name, function(getattr(self, name)))
+        return super()._apply(function, recurse)
 
     def _read_slice(self, weight: Tensor) -> Tensor:
         return by_input_channel(weight.detach(), self.groups)[self.group_index, self.index_in_group]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -70,6 +69,8 @@ def main(
         json: Print one JSON object and nothing else.
     """
     check_at_least_one(batches=batches, rounds=rounds)
+    if num_workers < 0:
+        raise UserError(f"num_workers is {num_workers}: give 0 or more")
     in_memory = {"batch_size": batch_size, "num_workers": 0}
     decoding = {"resolution": resolution, "batch_size": batch_size, "num_workers": num_workers}
     sources: dict[str, LightningDataModule] = {"digits": Digits(resolution=32, batch_size=batch_size, augment=True)}
@@ -85,9 +86,8 @@ def main(
         sources["mswc"] = MSWC(mswc, listed(languages), **in_memory)
 
     report = {"threads": torch.get_num_threads(), "batch_size": batch_size, "data": {}}
-    names = track(sources, "measuring", console=Console(stderr=True), transient=True, disable=json)
-    for name in names:
-        report["data"][name] = measure(sources[name], width, scheme, mcu, batches, rounds)
+    for name, data in sources.items():
+        report["data"][name] = measure(data, width, scheme, mcu, batches, rounds)
     print(json_format.dumps(report, indent=2)) if json else print_table(report)
 
 

@@ -33,7 +33,7 @@ from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import write_json
 from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, refuse_oversize
-from microtune.recipes.networks import NetworkName, describe_network, scheme_by_name_or_file
+from microtune.recipes.networks import DescribedNetwork, NetworkName, describe_network, scheme_by_name_or_file
 from microtune.recipes.run_folder import (
     LoggerName,
     WholeFileCheckpointIO,
@@ -133,7 +133,7 @@ def train(
         width: Multiplier of its channels; by default that of the weights, and 0.35 from scratch.
         head_convolution: Whether the network has its last 1x1 convolution.
         learning_rate: At its highest; by default 0.1 / 256 x batch_size x accumulate_batches with SGD (Lin et al.),
-            0.001 with AdamW. Speech from scratch has 0.1 (train_speech_commands.py).
+            0.001 with AdamW, and 0.1 for speech from scratch. It is not scaled by the number of devices.
         optimizer: sgd or adamw.
         momentum: Of SGD; anything but 0 needs optimizer state. By default 0 under a scheme, else 0.9.
         weight_decay: Of weights, not of biases and norms. By default 0 under a scheme, else 0.00004 (Sandler et al.).
@@ -163,18 +163,19 @@ def train(
     """
     started = time.monotonic()
     check_ranges(arguments)
+    if evaluate_only and weights == "none":
+        raise UserError("evaluate_only tests weights: give them with --weights")
     default_mcu = "stm32f746" if sram_bytes is None else None
     device = microcontroller(mcu or default_mcu, sram_bytes, flash_bytes, reserve_bytes)
+    padding = padding_of_weights(weights)
+    if width is None:
+        width = width_of_weights(weights) or 0.35
     data.prepare_data()
     data.setup()
-    described = describe_network(
-        width_of_weights(weights) or 0.35 if width is None else width,
-        data.input_shape,
-        data.num_classes,
-        head_convolution,
-        padding_of_weights(weights),
-    )
+    described = describe_network(width, data.input_shape, data.num_classes, head_convolution, padding)
     from_scratch = (weights == "none" if scheme is None else scheme == "none") or evaluate_only
+    if from_scratch and batch_size == 1 and not evaluate_only:
+        raise UserError("batch_size is 1, and batch norm has no statistics of one sample: give 2 or more")
     peak_memory = PeakMemory(
         described.operations,
         optimizer_state="adam" if optimizer == "adamw" else "momentum" if momentum else "none",
@@ -182,18 +183,15 @@ def train(
     )
     update_scheme = None
     if not from_scratch:
-        update_scheme = scheme_by_name_or_file(scheme or "sub_tensor", described, peak_memory, device)
-        if not allow_oversize:
-            remedy = "or give --allow_oversize to train anyway"
-            refuse_oversize(peak_memory, update_scheme, device, described.network, remedy)
+        update_scheme = scheme_that_fits(scheme or "sub_tensor", described, peak_memory, device, allow_oversize)
         if weights == "none":
             log.warning("a scheme updates little of a network that has learnt nothing: give --weights")
-    if evaluate_only and weights == "none":
-        raise UserError("evaluate_only tests weights: give them with --weights")
 
     seed_everything(seed, verbose=False)
     settings = settings_of(
-        FROM_SCRATCH | (scratch_defaults or {}) if from_scratch else UNDER_A_SCHEME,
+        {"learning_rate": 0.1 / 256 * batch_size * accumulate_batches}
+        | (FROM_SCRATCH | (scratch_defaults or {}) if from_scratch else UNDER_A_SCHEME)
+        | ({"learning_rate": 1e-3} if optimizer == "adamw" else {}),
         learning_rate=learning_rate,
         momentum=momentum,
         weight_decay=weight_decay,
@@ -201,8 +199,6 @@ def train(
         ema_decay=ema_decay,
     )
     average_decay = settings.pop("ema_decay")
-    if "learning_rate" not in settings:
-        settings["learning_rate"] = 1e-3 if optimizer == "adamw" else 0.1 / 256 * batch_size * accumulate_batches
     folded = weights_are_folded(weights) if evaluate_only else update_scheme is not None
     module = Classifier(
         {**described.arguments, "folded": folded},
@@ -212,7 +208,9 @@ def train(
         **settings,
     )
     load_pretrained(module, weights, described.input_shape, whole=evaluate_only)
-    earlier = None if earlier_data is None else earlier_classifier(module, weights, described.input_shape, earlier_data)
+    earlier = None
+    if earlier_data is not None and not evaluate_only:
+        earlier = earlier_classifier(module, weights, described.input_shape, earlier_data)
     if compile:
         module.net.compile()
 
@@ -222,8 +220,7 @@ def train(
     callbacks = [ModelCheckpoint(out_dir, "last", save_on_train_epoch_end=True, enable_version_counter=False)]
     if update_scheme is not None:
         callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
-    if average_decay:
-        callbacks.append(EMAWeightAveraging(decay=average_decay))
+    averaging = [EMAWeightAveraging(decay=average_decay)] if average_decay else []
     trainer = make_trainer(
         accelerator=accelerator,
         devices=devices,
@@ -233,7 +230,7 @@ def train(
         max_epochs=epochs,
         accumulate_grad_batches=accumulate_batches,
         gradient_clip_val=gradient_clip_norm,
-        callbacks=callbacks,
+        callbacks=callbacks + averaging,
     )
     memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
     forgotten = {} if earlier is None else {"earlier_top1_before": test_quietly(trainer, earlier, earlier_data)}
@@ -242,6 +239,8 @@ def train(
     if not evaluate_only:
         trainer.fit(module, data, ckpt_path=checkpoint_to_resume(out_dir) if resume else None)
 
+    # what it averaged is in the network by now, and it would put it there again, whatever the network has become
+    trainer.callbacks = [callback for callback in trainer.callbacks if callback not in averaging]
     report = evaluate(trainer, module, data) | memory
     if not math.isfinite(report["loss"]):
         rate = module.hparams.learning_rate
@@ -249,14 +248,28 @@ def train(
     if earlier is not None:
         take_trunk(earlier, module)
         forgotten["earlier_top1_after"] = test_quietly(trainer, earlier, earlier_data)
-        report |= forgotten
-    report |= {"epochs": 0 if evaluate_only else epochs, "batch_size": batch_size, "seed": seed}
-    report |= {"seconds": time.monotonic() - started}
+    run = {"epochs": 0 if evaluate_only else epochs, "batch_size": batch_size, "seed": seed}
+    report |= forgotten | run | {"seconds": time.monotonic() - started}
     if rank_zero_only.rank == 0:
         log_run_end(wandb_run(loggers), report, module.test_confusion, data.class_names)
         write_json(out_dir / "report.json", report)
         print_result(report, out_dir)
     return report
+
+
+def scheme_that_fits(
+    scheme: str,
+    described: DescribedNetwork,
+    peak_memory: PeakMemory,
+    device: Microcontroller,
+    allow_oversize: bool,
+) -> UpdateScheme:
+    """The scheme of that name or in that file; raises ``UserError`` if it does not fit, unless that is allowed."""
+    update_scheme = scheme_by_name_or_file(scheme, described, peak_memory, device)
+    if not allow_oversize:
+        remedy = "or give --allow_oversize to train anyway"
+        refuse_oversize(peak_memory, update_scheme, device, described.network, remedy)
+    return update_scheme
 
 
 def settings_of(defaults: dict[str, float], **given: float | None) -> dict[str, float]:
@@ -315,9 +328,7 @@ def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, in
     known, wanted = class_names_of_weights(weights), module.hparams.class_names
     if known is not None and known != wanted:
         if whole:
-            raise UserError(
-                f"{weights} knows the classes {_few(known)}, the data has {_few(wanted)}: give its own data"
-            )
+            raise UserError(f"{weights} knows {_few(known)}, the data has {_few(wanted)}: give the data it learnt")
         module.net.classifier.load_state_dict(fresh)
 
 
@@ -339,8 +350,8 @@ def earlier_classifier(
 
 def take_trunk(earlier: Classifier, module: Classifier) -> None:
     """Puts all of the module's network but its classifier into that of ``earlier``."""
-    state = {name: value for name, value in module.net.state_dict().items() if not name.startswith("classifier.")}
-    earlier.net.load_state_dict(state, strict=False)
+    own = {name: value for name, value in earlier.net.state_dict().items() if name.startswith("classifier.")}
+    earlier.net.load_state_dict(module.net.state_dict() | own)
 
 
 def test_quietly(trainer: Trainer, module: Classifier, data: LightningDataModule) -> float:

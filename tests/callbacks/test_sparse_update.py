@@ -484,8 +484,9 @@ def test_weight_averaging_after_it(method):
     assert not torch.allclose(module.net.head[0].weight, plain.net.head[0].weight)
 
 
+@pytest.mark.parametrize("decay", [0.5, 0.9])  # with 0.9 the average of a whole number with itself may be cut to less
 @pytest.mark.parametrize("method", METHODS)
-def test_the_exponential_average_is_that_of_the_weights_after_each_step(method):
+def test_the_exponential_average_is_that_of_the_weights_after_each_step(method, decay):
     module = new_module()
     expected = copy_of_state(module.net)
     states = []
@@ -494,9 +495,9 @@ def test_the_exponential_average_is_that_of_the_weights_after_each_step(method):
     )
     expected = states[0]  # the average starts with the weights after the first step
     for state in states[1:]:
-        expected = {name: 0.5 * tensor + 0.5 * state[name] for name, tensor in expected.items()}
+        expected = {name: decay * tensor + (1 - decay) * state[name] for name, tensor in expected.items()}
     averaged = new_module()
-    trainer(SparseUpdate(SCHEME, method=method), EMAWeightAveraging(decay=0.5)).fit(averaged, batches())
+    trainer(SparseUpdate(SCHEME, method=method), EMAWeightAveraging(decay=decay)).fit(averaged, batches())
     for name, tensor in averaged.net.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
@@ -695,9 +696,9 @@ def test_processes_take_the_first_ones_weights_and_channels(two_processes, metho
 
 
 def test_frozen_weights_do_not_travel_between_processes(two_processes):
-    """Buffers are sent before every step: there are none but three indexes of each of 4 + 4 + 4 channels."""
-    assert two_processes["sub_tensor"][0]["buffer_elements"] == 36
-    assert two_processes["mask"][0]["buffer_elements"] == 0
+    """Buffers are sent before every step: there are none."""
+    for method in METHODS:
+        assert two_processes[method][0]["buffer_elements"] == 0
 
 
 if __name__ == "__main__":

@@ -352,7 +352,6 @@ def test_whole_files_give_no_warning(paths, caplog):
     assert not caplog.records
 
 
-# Fails: the text is cut at the first colon, which may be one of the path.
 def test_a_path_with_a_colon_is_named_whole(tmp_path, caplog):
     path = tmp_path / "a:b" / "broken.wav"
     path.parent.mkdir()
@@ -369,7 +368,6 @@ def test_a_cache_with_broken_files_is_refused_without_skip_broken(broken_paths, 
         decode_clips(broken_paths, "disk", tmp_path / "cache")
 
 
-# Fails for disk: os.stat raises FileNotFoundError where memory names the file and knows --skip_broken.
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_a_missing_clip_is_a_broken_one(paths, tmp_path, cache):
     paths[1].unlink()
@@ -378,7 +376,7 @@ def test_a_missing_clip_is_a_broken_one(paths, tmp_path, cache):
     assert decode_clips(paths, cache, tmp_path / "cache", skip_broken=True)[1].tolist() == [0, 2, 3, 4]
 
 
-# Fails: "'utf-8' codec can't encode character", since such a name is text with lone surrogates.
+# Such a name is text with lone surrogates, which no encoder takes.
 def test_a_file_name_that_is_no_unicode(paths, tmp_path):
     odd = tmp_path / os.fsdecode(b"\xff.wav")
     shutil.copy(paths[0], odd)

@@ -143,7 +143,7 @@ def test_real_english(shared_data):
     data = ready(shared_data / "mswc", words=["yes", "no"])
     assert (data.num_classes, data.input_shape, sum(sizes(data))) == (2, (1, 97, 40), 160)
     waveforms, labels, draws = next(iter(data.train_dataloader()))
-    assert (waveforms.dtype, labels.dtype, draws.dtype) == (torch.int16, torch.int64, torch.float32)
+    assert (waveforms.dtype, labels.dtype, draws.dtype) == (torch.int16, torch.int64, torch.int32)
     assert waveforms.shape == (64, 16000)
     spectrograms, same_labels = data.on_after_batch_transfer((waveforms, labels, draws), 0)
     assert (spectrograms.shape, spectrograms.dtype) == ((64, 1, 97, 40), torch.float32)

@@ -99,7 +99,7 @@ def test_real_words12(shared_data):
     waveforms, labels, draws = next(iter(data.train_dataloader()))
     assert (waveforms.shape, waveforms.dtype) == ((64, 16000), torch.int16)
     assert (labels.shape, labels.dtype) == ((64,), torch.int64)
-    assert draws.dtype == torch.float32
+    assert draws.dtype == torch.int32
     spectrograms, same_labels = data.on_after_batch_transfer((waveforms, labels, draws), 0)
     assert (spectrograms.shape, spectrograms.dtype) == ((64, 1, 97, 40), torch.float32)
     assert torch.equal(same_labels, labels)

@@ -164,7 +164,7 @@ def test_metrics_are_those_of_the_logits():
     assert results["test/top1"] == pytest.approx((predictions == labels).float().mean().item())
     in_top5 = (logits.topk(5).indices == labels[:, None]).any(1)
     assert results["test/top5"] == pytest.approx(in_top5.float().mean().item())
-    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    loss = nn.functional.cross_entropy(logits, labels)  # without the smoothing of training
     assert results["test/loss"] == pytest.approx(loss.item(), rel=1e-4)
     expected = torch.zeros(8, 8, dtype=torch.long)
     for actual, predicted in zip(labels, predictions, strict=True):
@@ -240,3 +240,20 @@ def test_build_network_folds_on_request():
     assert find_batch_norm(folded) is None
     assert folded.features[0][0].bias is not None
     assert not math.isnan(folded(torch.zeros(1, 1, 24, 24)).sum().item())
+
+
+def test_checkpoint_says_what_the_classes_are(tmp_path):
+    module = Classifier(FOLDED, class_names=["bed", "cat", "tree"])
+    fitter = trainer(1)
+    fitter.strategy.connect(module)
+    fitter.save_checkpoint(tmp_path / "module.ckpt")
+    assert Classifier.load_from_checkpoint(tmp_path / "module.ckpt").hparams.class_names == ["bed", "cat", "tree"]
+    assert Classifier(FOLDED).hparams.class_names is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_samples_are_taken_in_the_network_s_own_precision(dtype):
+    module = Classifier(FOLDED).to(dtype).eval()
+    samples = torch.randn(2, 1, 24, 24)
+    assert module(samples).dtype == dtype
+    assert torch.equal(module(samples), module(samples.to(dtype)))

@@ -14,10 +14,13 @@ from microtune.modules.batch_norm_folding import fold_batch_norm
 from microtune.modules.mobilenet_v2 import (
     NORMALIZATION,
     KerasPadding,
+    class_names_of_weights,
     load_weights,
     mobilenet_v2,
     network_name,
     padding_of_weights,
+    weights_are_folded,
+    width_of_weights,
 )
 from microtune.modules.operations import find_operations
 from microtune.modules.user_error import UserError
@@ -373,3 +376,73 @@ def test_a_failed_download_says_what_to_fetch(monkeypatch, error):
     )
     with pytest.raises(UserError, match=message):
         load_weights(mobilenet_v2(), "torchvision")
+
+
+# ---- what weights say of themselves
+
+
+@pytest.mark.parametrize(
+    ("width", "found"),
+    [(0.35, 0.35), (0.5, 0.5), (0.75, 0.75), (1.0, 1.0), (1.3, 1.3), (1.4, 1.4), (0.1, None), (0.6, None)],
+)
+def test_width_of_a_state_dict(width, found, tmp_path):
+    torch.save(mobilenet_v2(width, 2).state_dict(), tmp_path / "weights.pth")
+    assert width_of_weights(tmp_path / "weights.pth") == found
+
+
+def test_width_of_other_sources(shared_data, tmp_path):
+    assert width_of_weights("none") is None
+    assert width_of_weights("torchvision") == 1.0
+    assert width_of_weights(shared_data / KERAS_FILE) == 0.35
+    assert width_of_weights(str(shared_data / TORCHVISION_FILE)) == 1.0
+    assert width_of_weights(save_checkpoint(tmp_path / "last.ckpt", mobilenet_v2(0.35, 2))) == 0.35
+
+
+def test_width_of_a_file_that_is_missing_or_no_weights(tmp_path):
+    with pytest.raises(UserError, match=r"a.pth does not exist"):
+        width_of_weights(tmp_path / "a.pth")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match=r"foreign.pth has no tensor features.0.0.weight: give torchvision's"):
+        width_of_weights(tmp_path / "foreign.pth")
+
+
+def test_class_names_are_those_of_the_checkpoint(tmp_path):
+    path = save_checkpoint(tmp_path / "last.ckpt", mobilenet_v2(0.35, 2))
+    assert class_names_of_weights(path) is None  # of before they were kept
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["class_names"] = ["bed", "cat"]
+    torch.save(content, path)
+    assert class_names_of_weights(path) == ["bed", "cat"]
+    for source in ("none", "torchvision", tmp_path / "nowhere.pth", "nowhere.npz"):
+        assert class_names_of_weights(source) is None
+    with pytest.raises(UserError, match=r"nowhere.ckpt does not exist"):
+        class_names_of_weights("nowhere.ckpt")
+
+
+def test_only_a_checkpoint_can_be_folded(tmp_path):
+    path = save_checkpoint(tmp_path / "last.ckpt", mobilenet_v2(0.35, 2))
+    assert not any(weights_are_folded(source) for source in ("none", "torchvision", "nowhere.pth", path))
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["network"]["folded"] = True
+    torch.save(content, path)
+    assert weights_are_folded(path)
+
+
+def test_classifier_is_wanted_or_not(tmp_path):
+    """Refused, nothing is loaded; of the right classes, all is."""
+    source = mobilenet_v2(0.35, 7)
+    torch.save(source.state_dict(), tmp_path / "seven.pth")
+    network = mobilenet_v2(0.35, 10)
+    before = network.features[0][0].weight.clone()
+    message = (
+        r"the classifier of weights .*seven.pth is \(7, 112\), and 10 classes of 112 features are wanted: "
+        "give weights trained on these classes, with the same head_convolution"
+    )
+    with pytest.raises(UserError, match=message):
+        load_weights(network, tmp_path / "seven.pth", with_classifier=True)
+    assert torch.equal(network.features[0][0].weight, before)
+    load_weights(network, tmp_path / "seven.pth")
+    assert torch.equal(network.features[0][0].weight, source.features[0][0].weight)
+    same = mobilenet_v2(0.35, 7)
+    load_weights(same, tmp_path / "seven.pth", with_classifier=True)
+    assert torch.equal(same.classifier[1].weight, source.classifier[1].weight)

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from lightning.pytorch import LightningDataModule
 from PIL import Image
 
+from microtune.modules.classifier import Classifier
 from microtune.modules.mobilenet_v2 import mobilenet_v2
 from microtune.modules.operations import find_operations
 from microtune.modules.update_scheme import UpdateScheme
@@ -147,12 +149,12 @@ def tone(hertz: float, rng: np.random.Generator, rate_hz: int = 16_000) -> np.nd
 
 @pytest.fixture(scope="session")
 def tiny_speech_commands(tmp_path_factory) -> Path:
-    """Speech Commands' layout: the ten commands with 6 training, 2 validation and 2 test clips each, and noise."""
+    """Speech Commands' layout: ten commands and another word with 6, 2 and 2 clips each for the splits, and noise."""
     data_dir = tmp_path_factory.mktemp("speech")
     folder = data_dir / "SpeechCommands/speech_commands_v0.02"
     rng = np.random.default_rng(0)
     listed = {"validation": [], "testing": []}
-    for number, word in enumerate(("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")):
+    for number, word in enumerate(("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "bed")):
         (folder / word).mkdir(parents=True)
         for clip in range(10):
             speaker = "aaaaaaaa" if clip < 6 else "bbbbbbbb" if clip < 8 else "cccccccc"
@@ -239,3 +241,35 @@ def scheme_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("scheme") / "scheme_99kb.json"
     UpdateScheme("mobilenet_v2-w0.35", 25, weights).save(path)
     return path
+
+
+@pytest.fixture
+def interrupt(monkeypatch) -> Callable[..., None]:
+    """Lets the next run fail in the second step of the given epoch."""
+
+    def at(epoch: int, exception: BaseException | type[BaseException] | None = None) -> None:
+        def training_step(module, batch, batch_index):
+            if module.current_epoch == epoch and batch_index == 1:
+                monkeypatch.undo()
+                raise exception or RuntimeError("interrupted by the test")
+            return original(module, batch, batch_index)
+
+        original = Classifier.training_step
+        monkeypatch.setattr(Classifier, "training_step", training_step)
+
+    return at
+
+
+@pytest.fixture(scope="session")
+def evaluated() -> Callable[[Classifier, LightningDataModule], tuple[float, float]]:
+    """Top-1 and cross entropy of a plain forward pass over a data module's test split."""
+
+    def measure(module: Classifier, data: LightningDataModule) -> tuple[float, float]:
+        data.setup()
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
+        samples, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        with torch.no_grad():
+            logits = module.eval()(samples)
+        return (logits.argmax(1) == labels).float().mean().item(), module.loss(logits, labels).item()
+
+    return measure

@@ -107,3 +107,15 @@ def test_methods_take_turns():
     seconds = benchmark_step.interleaved_seconds(steps, rounds=3, show_progress=False)
     assert calls == ["full", "sub_tensor"] * 5  # two rounds are not timed
     assert {name: len(values) for name, values in seconds.items()} == {"full": 3, "sub_tensor": 3}
+
+
+def test_input_that_is_not_square(command):
+    scheme = UpdateScheme("mobilenet_v2-w0.35", 0)
+    ended = command(
+        *("benchmark_step", "--resolution", 97, "--input_width", 40, "--in_channels", 1, "--batch_size", 2),
+        *("--scheme", "classifier", "--rounds", 1, "--threads", 1, "--json"),
+    )
+    assert (ended.status, ended.errors) == (0, "")
+    operations = find_operations(mobilenet_v2(0.35, num_classes=10, in_channels=1), (1, 97, 40))
+    saved = json.loads(ended.output)["methods"]["sub_tensor"]["autograd_bytes_per_sample"]
+    assert saved == autograd_bytes_per_sample(operations, scheme)

@@ -155,7 +155,7 @@ def test_advice_is_printed_too(command, tmp_path):
 
 def test_no_resolution_helps(command):
     figures = report(command, "--resolution", 96, "--scheme", "classifier", "--sram_bytes", 10, "--reserve_bytes", 0)
-    assert figures["advice"].endswith("no smaller resolution would do: take a narrower network")
+    assert figures["advice"].endswith("no smaller resolution would do: take a narrower network or fewer classes")
 
 
 def test_described_microcontroller(command):
@@ -191,3 +191,44 @@ def test_named_scheme(rule, command):
 def test_main_is_a_plain_function(scheme_file, capsys):
     report_memory.main(str(scheme_file), "stm32f746", resolution=96, json=True)
     assert json.loads(capsys.readouterr().out)["mcu"] == "stm32f746"
+
+
+SPEECH = ("--resolution", 97, "--input_width", 40, "--in_channels", 1)
+
+
+@pytest.mark.parametrize("scheme", ["classifier", "sub_tensor", "full"])
+def test_input_that_is_not_square(scheme, command):
+    figures = report(command, *SPEECH, "--scheme", scheme, "--mcu", "stm32f746")
+    operations = find_operations(mobilenet_v2(0.35, num_classes=10, in_channels=1), (1, 97, 40))
+    peak_memory = PeakMemory(operations)
+    assert figures["classifier_only_peak_bytes"] == peak_memory.floor_bytes
+    assert figures["layers"][0]["mask_bytes"] == (16 * 49 * 20 / 8 if scheme == "full" else 0)
+    if scheme == "full":
+        everything = UpdateScheme("any", 51, {convolution.name: 1.0 for convolution in operations.convolutions})
+        assert figures["peak_memory_bytes"] == peak_memory.peak_bytes(everything)
+        assert figures["autograd_bytes_per_sample"] == autograd_bytes_per_sample(operations, everything)
+    else:
+        assert figures["fits"]
+        assert "advice" not in figures
+
+
+def test_picture_of_an_input_that_is_not_square(command, tmp_path):
+    ended = command(
+        "report_memory", *SPEECH, "--scheme", "sub_tensor", "--mcu", "stm32f746", "--out_dir", tmp_path / "o"
+    )
+    assert ended.status == 0
+    (picture,) = (tmp_path / "o").iterdir()
+    assert picture.name == "mobilenet_v2-w0.35_97x40_sub_tensor_stm32f746.png"
+
+
+def test_input_width_that_makes_a_square_changes_nothing(command):
+    words = ("--scheme", "sub_tensor", "--mcu", "stm32f746", "--resolution", 64)
+    assert report(command, *words, "--input_width", 64) == report(command, *words)
+
+
+def test_advice_for_an_input_that_is_not_square(command):
+    words = ("--scheme", "classifier", "--sram_bytes", 1000, "--reserve_bytes", 0)
+    figures = report(command, *SPEECH, *words)
+    kib = figures["classifier_only_peak_bytes"] / 1024
+    expected = f"even the classifier alone needs {kib:.1f} KiB at 97 x 40: take a smaller input or a narrower network"
+    assert figures["advice"] == expected

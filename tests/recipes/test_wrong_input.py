@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from PIL import Image
@@ -392,3 +393,278 @@ def test_saved_configuration_is_yaml_of_plain_values(cifar_words, command, here)
     command("train_cifar", *cifar_words)
     values = yaml.safe_load((here / "out/config.yaml").read_text())
     assert all(value is None or isinstance(value, bool | int | float | str) for value in values.values())
+
+
+# ---- speech
+# Those that fail on an empty line: rich's Progress prints one to a standard error that is no terminal.
+
+
+@pytest.fixture
+def speech_words(tiny_run, as_words):
+    """A run of ``train_speech_commands`` that would end well."""
+    return as_words(tiny_run("train_speech_commands") | {"epochs": 1, "out_dir": "out"})
+
+
+@pytest.fixture
+def mswc_words(tiny_run, as_words):
+    """A run of ``train_mswc`` that would end well."""
+    return as_words(tiny_run("train_mswc") | {"epochs": 1, "out_dir": "out"})
+
+
+@pytest.fixture
+def imagenet_words(tiny_run, as_words):
+    """A run of ``train_imagenet`` that would end well."""
+    return as_words(tiny_run("train_imagenet") | {"epochs": 1, "out_dir": "out"})
+
+
+@pytest.fixture
+def own_speech(tiny_speech_commands, here):
+    """The folder of a copy of the tiny Speech Commands, to spoil, in ``data``."""
+    shutil.copytree(tiny_speech_commands, here / "data")
+    return here / "data/SpeechCommands/speech_commands_v0.02"
+
+
+@pytest.fixture
+def own_mswc(tiny_mswc, here):
+    """The folder of the Arabic of a copy of the tiny MSWC, to spoil, in ``data``."""
+    shutil.copytree(tiny_mswc, here / "data")
+    return here / "data/ar"
+
+
+@pytest.fixture
+def own_imagenet(tiny_imagenet, here):
+    """A copy of the tiny ImageNet, to spoil, in ``data``."""
+    return shutil.copytree(tiny_imagenet, here / "data")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--data_dir", "nowhere"],
+            "nowhere/SpeechCommands/speech_commands_v0.02 does not exist: give --download true, or unpack http",
+        ),
+        (["--version", "1"], "speech_commands_v0.01 does not exist: give --download true"),
+        (["--version", "3"], "version is 3: give one of 1, 2"),
+        (["--task", "words99"], "task is words99: give one of 'words10', 'words12', 'all'"),
+        (["--cache", "tape"], "cache is tape: give one of 'memory', 'disk'"),
+        (["--n_mels", "4"], "n_mels is 4: give 8 to 80"),
+        (["--hop_ms", "500"], "hop_ms is 500: give 5 to 100"),
+        (["--batch_size", "0"], "batch_size 0 is not positive"),
+        (["--resolution", "32"], "resolution"),
+        (["--weights", "nowhere.ckpt"], r"weights file nowhere\.ckpt does not exist"),
+        (["--sram_bytes", "40000"], "take a smaller input or a narrower network; or give --allow_oversize"),
+    ],
+)
+def test_speech_commands(words, message, refused, speech_words):
+    refused(message, "train_speech_commands", *speech_words, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data_dir", "nowhere"], "nowhere/ar does not exist: get the audio and the splits of 'ar' at https://"),
+        (["--languages", "fr"], "fr does not exist: get the audio and the splits of 'fr'"),
+        (["--languages", ","], r"languages is \[\]: give one code or several"),
+        (["--languages", "ar,ar"], r"languages is \['ar', 'ar'\]: give one code or several, each once"),
+        (["--words", "bed,cat"], "the word 'bed' is not in the splits of ar: the nearest are "),
+        (["--languages", "en", "--words", "bed,cta"], "the word 'cta' is not in the splits of en: the nearest are cat"),
+        (["--languages", "en", "--words", "bed,bed"], "the word 'bed' is given twice: give each once"),
+        (["--languages", "en", "--words", "bed"], "classes: 1, but a classifier needs two: choose more words, or give"),
+        (["--languages", "en", "--words", "bed,cat", "--num_words", "2"], "words and num_words are two ways to choose"),
+        (["--num_words", "4"], "num_words is 4, but only 3 words have training and test clips"),
+        (["--num_words", "0"], "num_words is 0: give 1 or more"),
+        (["--shots", "0"], "shots is 0: give 1 or more"),
+        (["--unknown"], "all words are chosen, none is left for the class of unknown words: choose fewer"),
+        (["--noise_dir", "nowhere"], "noise_dir nowhere is not a folder: give one with WAV files, or none"),
+        (["--splits_dir", "nowhere"], "splits_dir nowhere is not a folder: give that of the csv files"),
+        (["--archives", "nowhere.tar.gz"], r"nowhere\.tar\.gz does not exist: give a \.tar or \.tar\.gz file"),
+        (["--cache", "tape"], "cache is tape: give one of 'memory', 'disk'"),
+        (["--n_mels", "81"], "n_mels is 81: give 8 to 80"),
+        (["--evaluate_only"], "evaluate_only tests weights: give them with --weights"),
+    ],
+)
+def test_mswc(words, message, refused, mswc_words):
+    refused(message, "train_mswc", *mswc_words, *words)
+
+
+def test_earlier_weights_of_other_spectrograms(refused, mswc_words, finished_runs):
+    for recipe in ("train_mswc", "train_speech_commands"):
+        weights = finished_runs[recipe] / "last.ckpt"
+        words = [*mswc_words, "--weights", weights]
+        known = "was trained on spectrograms of n_mels 40 and hop_ms 10, not"
+        refused(f"{weights} {known} 32 and 10: give its own", "train_mswc", *words, "--n_mels", 32)
+        refused(f"{weights} {known} 40 and 20: give its own", "train_mswc", *words, "--hop_ms", 20)
+
+
+def test_archive_that_is_none(refused, mswc_words, here):
+    (here / "ar.tar.gz").write_bytes(b"no archive" * 100)
+    (here / "data").mkdir()
+    refused(
+        r"ar\.tar\.gz cannot be unpacked \(.*\): download it again",
+        "train_mswc",
+        *mswc_words,
+        "--data_dir",
+        "data",
+        "--archives",
+        "ar.tar.gz",
+    )
+
+
+def test_mswc_table_without_a_column(refused, mswc_words, own_mswc):
+    table = own_mswc / "ar_splits.csv"
+    whole = table.read_text(encoding="utf-8")
+    for column in ("LINK", "WORD", "VALID", "SET"):
+        table.write_text(whole.replace(column, "OTHER", 1), encoding="utf-8")
+        message = rf"ar_splits\.csv has no column {column}, only .*: is it MSWC's table\?"
+        refused(message, "train_mswc", *mswc_words, "--data_dir", "data")
+
+
+def test_mswc_word_without_clips(refused, mswc_words, own_mswc):
+    for path in (own_mswc / "clips/واحد").iterdir():
+        path.unlink()
+    message = "14 of 42 clips that the splits name are missing, .* the first; there is none at all of ar/واحد"
+    refused(message, "train_mswc", *mswc_words, "--data_dir", "data")
+
+
+def test_clips_that_cannot_be_decoded_are_left_out_on_request(command, refused, mswc_words, own_mswc, here, caplog):
+    clips = sorted((own_mswc / "clips/واحد").iterdir(), key=lambda path: int(path.stem.rpartition("_")[2]))
+    clips[0].write_bytes(b"")  # a training clip
+    clips[1].write_bytes(clips[1].read_bytes()[:40])
+    words = [*mswc_words, "--data_dir", "data"]
+    refused(r"_0\.opus cannot be decoded \(.*\): remove it or give --skip_broken true", "train_mswc", *words)
+    assert command("train_mswc", *words, "--skip_broken").status == 0
+    assert json.loads((here / "out/report.json").read_text())["train_samples"] == 22
+    (message,) = (message for message in caplog.messages if "left out" in message)
+    assert re.match(r"2 of 42 clips are left out: .*_0\.opus cannot be decoded \(.*\), the first$", message)
+
+
+def test_recording_that_is_cut_short_is_left_out_on_request(command, refused, speech_words, own_speech, here, caplog):
+    clip = own_speech / "yes/aaaaaaaa_nohash_0.wav"
+    clip.write_bytes(clip.read_bytes()[:8000])
+    words = [*speech_words, "--data_dir", "data"]
+    message = r"yes/aaaaaaaa_nohash_0\.wav is cut short \(7956 of 32000 bytes\): remove it or give --skip_broken true"
+    refused(message, "train_speech_commands", *words)
+    assert command("train_speech_commands", *words, "--skip_broken").status == 0
+    assert json.loads((here / "out/report.json").read_text())["train_samples"] == 59
+    assert sum("1 of 100 clips are left out" in message for message in caplog.messages) == 1
+
+
+def test_speech_commands_with_something_else(refused, speech_words, own_speech):
+    words = ["train_speech_commands", *speech_words, "--data_dir", "data"]
+    (own_speech / "cat").mkdir()
+    refused(r"class folder .*v0\.02/cat has no clips: add some, remove it or give --skip_broken true", *words)
+    (own_speech / "cat").rename(own_speech / "banana")
+    refused("banana is none of the 35 words of Speech Commands version 2: move it elsewhere", *words)
+    (own_speech / "banana").rmdir()
+    (own_speech / "yes/somebody.wav").write_bytes((own_speech / "yes/aaaaaaaa_nohash_0.wav").read_bytes())
+    refused(r"yes/somebody\.wav is not named <speaker>_nohash_<number>\.wav", *words)
+    (own_speech / "yes/somebody.wav").unlink()
+    shutil.rmtree(own_speech / "go")
+    refused("lists? .*|go has no clips, and task words10 needs some", *words)
+
+
+def test_list_that_names_a_clip_that_is_not_there(command, refused, speech_words, own_speech, here):
+    with (own_speech / "testing_list.txt").open("a") as file:
+        file.write("yes/dddddddd_nohash_0.wav\n")
+    words = ["train_speech_commands", *speech_words, "--data_dir", "data"]
+    place = r"testing_list\.txt, line 23, yes/dddddddd_nohash_0\.wav, names no clip"
+    refused(f"{place}: correct the list or give --skip_broken true", *words)
+    assert command(*words, "--skip_broken").status == 0
+    assert json.loads((here / "out/report.json").read_text())["test_samples"] == 20
+
+
+def test_list_that_is_missing(refused, speech_words, own_speech):
+    (own_speech / "validation_list.txt").unlink()
+    message = r"validation_list\.txt is missing: take it from the archive http"
+    refused(message, "train_speech_commands", *speech_words, "--data_dir", "data")
+
+
+def test_silence_needs_recordings(refused, speech_words, own_speech):
+    shutil.rmtree(own_speech / "_background_noise_")
+    message = "_background_noise_ has no recordings, and the silence of words12 is cut from them"
+    refused(message, "train_speech_commands", *speech_words, "--data_dir", "data", "--task", "words12")
+
+
+def test_recordings_of_another_rate_and_in_stereo_work(command, speech_words, own_speech, here):
+    rng = np.random.default_rng(0)
+    for path in (own_speech / "yes").iterdir():
+        soundfile.write(path, rng.normal(0, 0.1, (44_100, 2)), 44_100, subtype="PCM_16")
+    assert command("train_speech_commands", *speech_words, "--data_dir", "data").status == 0
+    assert json.loads((here / "out/report.json").read_text())["train_samples"] == 60
+
+
+# ---- ImageNet
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--data_dir", "nowhere"],
+            r"nowhere has neither val/ nor ILSVRC2012_img_val\.tar: give the folder that holds",
+        ),
+        (["--smallest_crop", "0"], "smallest_crop 0.0 is no fraction of a picture: give one such as 0.25"),
+        (["--evaluate_only"], "evaluate_only tests weights: give them with --weights"),
+        (["--ema_decay", "1.5"], "ema_decay is 1.5: give 0 or more, at most 1"),
+        (["--num_nodes", "0"], "num_nodes is 0: give 1 or more"),
+    ],
+)
+def test_imagenet(words, message, refused, imagenet_words):
+    refused(message, "train_imagenet", *imagenet_words, *words)
+
+
+def test_imagenet_with_something_else(command, refused, imagenet_words, own_imagenet, here, caplog):
+    words = ["train_imagenet", *imagenet_words, "--data_dir", "data"]
+    (own_imagenet / "train/n00000000").mkdir()
+    refused("data/train/n00000000 is none of the 1000 classes, which are named like n01440764: remove it", *words)
+    (own_imagenet / "train/n00000000").rename(own_imagenet / "train/n01443537")
+    refused("class folder data/train/n01443537 has 0 images: add images or remove it", *words)
+    (own_imagenet / "train/n01443537").rmdir()
+    (own_imagenet / "val/n01440764/notes.txt").write_text("not a picture")
+    refused(r"val/n01440764/notes\.txt is not an image file: remove it or give --skip_broken true", *words)
+    (own_imagenet / "train/n01440764/cut.JPEG").write_bytes(b"no picture")
+    assert command(*words, "--skip_broken").status == 0
+    assert json.loads((here / "out/report.json").read_text())["train_samples"] == 33
+    left_out = [message for message in caplog.messages if "left out" in message]
+    assert len(left_out) == 2
+
+
+def test_broken_image_of_imagenet_is_one_line_too(command, imagenet_words, own_imagenet):
+    """It is found only when its turn comes, so that the run's folder is there by then."""
+    for path in (own_imagenet / "train/n01440764").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    ended = command("train_imagenet", *imagenet_words, "--data_dir", "data")
+    assert ended.status == 2
+    assert re.search(r"n01440764/\d\d\.JPEG cannot be read as an image .*--skip_broken", ended.errors.splitlines()[-1])
+    assert "Traceback" not in ended.errors
+
+
+# ---- testing alone
+
+
+def test_evaluation(refused, cifar_words, folder_words, finished_runs, tiny_images, here):
+    words = [*cifar_words, "--evaluate_only"]
+    refused("evaluate_only tests weights: give them with --weights", "train_cifar", *words)
+    other = finished_runs["train_image_folder"] / "last.ckpt"
+    message = rf"the classifier of weights {other} is \(3, 112\), and 10 classes of 112 features are wanted: give"
+    refused(message, "train_cifar", *words, "--weights", other)
+
+    shutil.copytree(tiny_images, here / "pictures")
+    (here / "pictures/red").rename(here / "pictures/scarlet")
+    message = f"{other} knows blue, green, red, the data has blue, green, scarlet: give the data it learnt"
+    words = [*folder_words, "--evaluate_only", "--weights", other, "--data_dir", "pictures"]
+    refused(message, "train_image_folder", *words)
+
+
+def test_evaluation_of_many_other_classes(refused, speech_words, finished_runs):
+    """Of the same number; of many, three are named."""
+    words = [*speech_words, "--evaluate_only", "--weights", finished_runs["train_cifar"] / "last.ckpt"]
+    message = r"knows class 0, class 1, class 2, \.\.\. \(10\), the data has yes, no, up, \.\.\. \(10\): give"
+    refused(message, "train_speech_commands", *words)
+
+
+def test_evaluation_of_weights_without_a_classifier(shared_data, refused, cifar_words):
+    weights = shared_data / "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"
+    message = "the classifier of weights .* is none, and 10 classes of 112 features are wanted"
+    refused(message, "train_cifar", *cifar_words, "--evaluate_only", "--weights", weights)

@@ -1,0 +1,18 @@
+"""The bar of a step that takes long: download, unpacking, decoding."""
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import Progress
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error, of the first process alone, that is gone afterwards; nothing where no one looks at it.
+
+    Example::
+
+        with progress_bar() as progress:
+            for path in progress.track(paths, description="decoding"):
+                ...
+    """
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal or rank_zero_only.rank > 0)
