@@ -145,18 +145,17 @@ def decode_clips(
 
 
 def _decode_to_disk(folder: Path, paths: Sequence[Path], name: str, skip_broken: bool) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = len(paths) * CLIP_BYTES, shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise UserError(f"{folder.parent} has {_gb(free)} left, {len(paths):,} clips need {_gb(needed)}: --cache_dir")
-    try:
-        with whole_folder(folder) as partial:
-            clips = np.lib.format.open_memmap(partial / "clips.npy", "w+", np.int16, (len(paths), CLIP_SAMPLES))
-            write_json(partial / "broken.json", _decode_into(clips, paths, name, skip_broken))
-            clips.flush()
-    except OSError:
-        if not folder.is_dir():  # else another process was first, with the same clips
-            raise
+    with whole_folder(folder) as partial:
+        needed, free = len(paths) * CLIP_BYTES, shutil.disk_usage(partial).free
+        if needed > free:
+            raise UserError(
+                f"{folder.parent} has {_gb(free)} left, {len(paths):,} clips need {_gb(needed)}: "
+                "make room or give another --cache_dir"
+            )
+        clips = np.lib.format.open_memmap(partial / "clips.npy", "w+", np.int16, (len(paths), CLIP_SAMPLES))
+        write_json(partial / "broken.json", _decode_into(clips, paths, name, skip_broken))
+        clips.flush()
+    rank_zero_only(log.info)("decoded clips are kept in %s (%s); delete it when you like", folder, _gb(needed))
 
 
 def _decode_into(clips: np.ndarray, paths: Sequence[Path], name: str, skip_broken: bool) -> list[dict[str, int | str]]:
@@ -205,6 +204,7 @@ def _check_memory(needed_bytes: int) -> None:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):  # not told on every system
         return
+    needed_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process of this machine has its own
     if needed_bytes > memory_bytes / 2:
         raise UserError(
             f"the decoded clips need {_gb(needed_bytes)} of the machine's {_gb(memory_bytes)} of memory: "

@@ -145,6 +145,8 @@ class ImageNet(LightningDataModule):
             return False
         if (self.data_dir / ARCHIVE_META[split][0]).is_file():
             return True
+        if split == "val" and any((self.data_dir / wnid).is_dir() for wnid in read_wnids()[:10]):
+            raise UserError(f"{self.data_dir} holds the classes: give the folder above it, {self.data_dir.parent}")
         if split == "val":
             raise UserError(
                 f"{self.data_dir} has neither val/ nor {VAL_ARCHIVE}: give the folder that holds val/ and train/, or "
@@ -248,7 +250,10 @@ def list_images_by_wnid(folder: Path, skip_broken: bool) -> LabelledNames:
     names, labels = [], []
     for wnid in wnids:
         if wnid not in label_of:
-            raise UserError(f"{folder / wnid} is none of the 1000 classes, which are named like n01440764: remove it")
+            raise UserError(
+                f"{folder / wnid} is none of the 1000 classes, which are named like n01440764: is this ImageNet? "
+                "train_image_folder.py takes any folder of classes"
+            )
         in_class = _names_in_class(folder / wnid, skip_broken)
         names.append(np.array([os.fsencode(f"{wnid}/{name}") for name in in_class], dtype=bytes))
         labels.append(np.full(len(in_class), label_of[wnid]))

@@ -163,6 +163,8 @@ def _valid_rows(path: Path, split: int | None) -> Iterator[tuple[str, str, int]]
                     raise UserError(
                         f"{path}, line {reader.line_num}: SET is {row[of_set[0]]!r}, not {', '.join(names)}"
                     )
+                if row[of_link].startswith("/") or ".." in row[of_link].split("/"):
+                    raise UserError(f"{path}, line {reader.line_num}: {row[of_link]} leaves the folder: do not use it")
                 if row[of_valid] == "True" or row[of_valid].strip().lower() == "true":
                     yield row[of_link], row[of_word], found
             if reader.line_num < 2:

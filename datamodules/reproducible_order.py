@@ -192,7 +192,7 @@ def data_loader(
 
     Args:
         dataset: what to load; see ``ReproducibleOrder`` for the keys it is asked for.
-        batch_size: samples in a batch; the last one may be smaller.
+        batch_size: samples in a batch; the last one may be smaller, but in training it is left out if it is one sample.
         shuffle_seed: the seed of the shuffling, or None for the data set's own order.
         num_workers: processes that load; the batches do not depend on it.
         collate: makes the batch of what the data set returns; by default the data set returns whole batches.
@@ -202,10 +202,13 @@ def data_loader(
         for images, labels in data_loader(dataset, batch_size=32, shuffle_seed=0):
             ...
     """
+    sampler = EvaluationOrder(dataset) if shuffle_seed is None else ReproducibleOrder(dataset, shuffle_seed)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EvaluationOrder(dataset) if shuffle_seed is None else ReproducibleOrder(dataset, shuffle_seed),
+        sampler=sampler,
+        # batch norm has no statistics of a single sample
+        drop_last=shuffle_seed is not None and batch_size > 1 and len(sampler) % batch_size == 1 and len(sampler) > 1,
         num_workers=num_workers,
         collate_fn=collate or _as_it_is,
         pin_memory=torch.cuda.is_available(),

@@ -159,6 +159,8 @@ class SpeechCommands(LightningDataModule):
             return
         if not self.folder.is_dir():
             url = URL.format(name=self.folder.name)
+            if "SpeechCommands" in self.folder.parents[1].parts:
+                raise UserError(f"{self.folder} does not exist: data_dir is the folder that holds SpeechCommands/")
             raise UserError(f"{self.folder} does not exist: give --download true, or unpack {url} there")
         speakers = list_clips(self.folder, self.version, self.skip_broken)
         split_of = read_splits(self.folder, speakers, self.skip_broken)

@@ -41,6 +41,7 @@ class Classifier(LightningModule):
         warmup_fraction: Part of all optimizer steps in which the learning rate rises from zero.
         label_smoothing: Of the cross entropy in training; evaluation has none.
         class_names: What the outputs mean, in their order, for those who find the checkpoint.
+        input_shape: Channels, height and width that it was trained on, likewise.
 
     Attributes:
         net: The network, kept in PyTorch's ``channels_last`` order, which is faster on CPUs and GPUs.
@@ -62,6 +63,7 @@ class Classifier(LightningModule):
         warmup_fraction: float = 0.1,
         label_smoothing: float = 0.0,
         class_names: list[str] | None = None,
+        input_shape: list[int] | None = None,
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -80,11 +82,9 @@ class Classifier(LightningModule):
         """Logits (N, classes) of samples (N, channels, height, width)."""
         return self.net(x.to(self.dtype, memory_format=torch.channels_last))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
-        """The loss of one batch; None passes over a single sample, of which batch norm has no statistics."""
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """The loss of one batch."""
         samples, labels = batch
-        if len(labels) == 1 and not self.hparams.network.get("folded", False):
-            return None
         loss = self.loss(self(samples), labels)
         self.log("train/loss", loss)
         return loss

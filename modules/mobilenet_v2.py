@@ -237,6 +237,20 @@ def class_names_of_weights(source: str | Path) -> list[str] | None:
     return _hyperparameters(source).get("class_names") if Path(source).suffix == ".ckpt" else None
 
 
+def input_shape_of_weights(source: str | Path) -> tuple[int, ...] | None:
+    """Returns channels, height and width that weights were trained on, as a checkpoint of microtune says; else None.
+
+    Args:
+        source: As in ``load_weights``.
+
+    Example::
+
+        input_shape_of_weights("runs/english/last.ckpt")  # (1, 97, 40)
+    """
+    shape = _hyperparameters(source).get("input_shape") if Path(source).suffix == ".ckpt" else None
+    return None if shape is None else tuple(shape)
+
+
 def _hyperparameters(checkpoint: str | Path) -> dict[str, Any]:
     return _read_torch_file(_existing_file(checkpoint)).get("hyper_parameters", {})
 

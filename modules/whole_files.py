@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from microtune.modules.user_error import UserError
+
 
 @contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
@@ -41,7 +43,10 @@ def write_json(path: Path | str, value: Any) -> None:
 def whole_folder(path: Path | str) -> Iterator[Path]:
     """Gives an empty temporary folder beside ``path``, and puts it in place when the block ends without an error.
 
-    What is there under the name is whole: a later run need not look inside.
+    What is there under the name is whole: a later run need not look inside. Of two processes the first one's stays.
+
+    Raises:
+        UserError: There can be no folder beside ``path``.
 
     Example::
 
@@ -49,12 +54,19 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
             unpack(archive, partial)
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written to ({error.strerror}): give another folder") from error
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner only
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another process was first, with the same
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

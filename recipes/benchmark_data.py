@@ -24,12 +24,12 @@ from microtune.datamodules.image_folder import ImageFolder
 from microtune.datamodules.imagenet import ImageNet
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
-from microtune.modules.microcontrollers import microcontroller
-from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.user_error import UserError
 from microtune.recipes.benchmark_step import prepared, training_step
 from microtune.recipes.command_line import check_at_least_one, listed, run
-from microtune.recipes.networks import describe_network, scheme_by_name_or_file
+from microtune.recipes.networks import describe_network
+
+PAPERS_SCHEME = Path(__file__).parent / "schemes/mobilenet_v2-w0.35_lin2022_99kb.json"
 
 
 def main(
@@ -43,8 +43,7 @@ def main(
     batch_size: int = 32,
     num_workers: int = 2,
     width: float = 0.35,
-    scheme: str = "sub_tensor",
-    mcu: str = "stm32f746",
+    scheme: str = str(PAPERS_SCHEME),
     batches: int = 20,
     rounds: int = 5,
     json: bool = False,
@@ -62,8 +61,7 @@ def main(
         batch_size: Samples per step.
         num_workers: Processes that decode images; sets that are held in memory are loaded without.
         width: Multiplier of MobileNetV2's channels.
-        scheme: Update scheme of the step: a JSON file, or classifier, biases, last_layers, sub_tensor or full.
-        mcu: Microcontroller that a scheme given by name shall fit.
+        scheme: Update scheme of the step, a JSON file; by default the paper's of 99 KB.
         batches: Batches per measurement of a loader, or as many as an epoch has.
         rounds: Measurements of each, of which the median counts; they take turns.
         json: Print one JSON object and nothing else.
@@ -87,13 +85,11 @@ def main(
 
     report = {"threads": torch.get_num_threads(), "batch_size": batch_size, "data": {}}
     for name, data in sources.items():
-        report["data"][name] = measure(data, width, scheme, mcu, batches, rounds)
+        report["data"][name] = measure(data, width, scheme, batches, rounds)
     print(json_format.dumps(report, indent=2)) if json else print_table(report)
 
 
-def measure(
-    data: LightningDataModule, width: float, scheme: str, mcu: str, batches: int, rounds: int
-) -> dict[str, Any]:
+def measure(data: LightningDataModule, width: float, scheme: str, batches: int, rounds: int) -> dict[str, Any]:
     """Samples per second of the loader, of what is left to do on the device, and of the sparse step."""
     started = time.perf_counter()
     data.prepare_data()
@@ -101,7 +97,7 @@ def measure(
     setup_seconds = time.perf_counter() - started
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = describe_network(width, data.input_shape, data.num_classes, head_convolution=False)
-    update_scheme = scheme_by_name_or_file(scheme, described, PeakMemory(described.operations), microcontroller(mcu))
+    update_scheme = described.load_scheme(scheme)
     plain = described.network.to(device, memory_format=torch.channels_last)
     network, restore_frozen = prepared(plain, update_scheme, described.operations, "sub_tensor")
 

@@ -61,13 +61,19 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
 
 
 def listed(text: str | None) -> list[str] | None:
-    """The parts of a list that the command line gives as ``a,b,c``, or None for None.
+    """The parts of a list that the command line gives as ``a,b,c``, or None for None; blanks are an error.
 
     Example::
 
         listed("en, ar")  # ["en", "ar"]
     """
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if " " in part:
+            raise UserError(f"{part!r} has blanks in it: separate by commas, as in {part.replace(' ', ',')}")
+    return parts
 
 
 def flat(arguments: dict[str, Any]) -> dict[str, Any]:

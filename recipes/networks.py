@@ -24,6 +24,7 @@ from microtune.recipes.memory_figures import scheme_fits
 
 NetworkName = Literal["mobilenet_v2"]
 NAMED_SCHEMES = ("classifier", "biases", "last_layers", "sub_tensor", "full")
+FILLING_SCHEMES = ("biases", "last_layers", "sub_tensor")  # as much as fits a microcontroller
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,29 @@ from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_file
 
 LoggerName = Literal["wandb", "csv", "none"]
+MOST_CLASSES_SHOWN = 100  # Weights & Biases cuts off a table of more than 200,000 rows, and nobody could read it
 DEFAULT_FOLDER = "MICROTUNE_RUN_FOLDER"
 # what a resumed run may do differently without ending elsewhere
 MAY_CHANGE = {"resume", "out_dir", "data_dir", "download", "num_workers", "logger", "allow_oversize"}
+
+
+def check_run_folder(out_dir: Path | None, resume: bool) -> None:
+    """Raises ``UserError`` where ``open_run_folder`` would, and makes nothing: to be asked before long work begins."""
+    if resume:
+        if out_dir is None:
+            raise UserError("--resume goes on with the run in a folder: give it with --out_dir")
+        if (out_dir / "report.json").exists():
+            raise UserError(f"the run in {out_dir} is finished: its results are in {out_dir / 'report.json'}")
+        if not (out_dir / "config.yaml").exists():
+            raise UserError(f"there is no run in {out_dir}: start it without --resume")
+    elif out_dir is not None:
+        try:
+            is_empty = not out_dir.exists() or not any(out_dir.iterdir())
+        except OSError as error:
+            raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
+        # under DDP the other processes start when the first has already written
+        if rank_zero_only.rank == 0 and not is_empty:
+            raise UserError(f"{out_dir} is not empty: give another --out_dir, or --resume to go on with the run in it")
 
 
 def open_run_folder(out_dir: Path | None, recipe: str, resume: bool) -> Path:
@@ -36,23 +56,12 @@ def open_run_folder(out_dir: Path | None, recipe: str, resume: bool) -> Path:
     Raises:
         UserError: A new run's folder is not empty, or there is nothing to resume, or it is finished.
     """
-    if resume:
-        if out_dir is None:
-            raise UserError("--resume goes on with the run in a folder: give it with --out_dir")
-        if (out_dir / "report.json").exists():
-            raise UserError(f"the run in {out_dir} is finished: its results are in {out_dir / 'report.json'}")
-        if not (out_dir / "config.yaml").exists():
-            raise UserError(f"there is no run in {out_dir}: start it without --resume")
-        return out_dir
+    check_run_folder(out_dir, resume)
     out_dir = out_dir or new_folder(Path("runs") / recipe)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        is_empty = not any(out_dir.iterdir())
     except OSError as error:
         raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
-    # under DDP the other processes start when the first has already written
-    if rank_zero_only.rank == 0 and not is_empty:
-        raise UserError(f"{out_dir} is not empty: give another --out_dir, or --resume to go on with the run in it")
     return out_dir
 
 
@@ -187,6 +196,13 @@ def log_run_end(
     if run is None:
         return
     run.summary.update({key: value for key, value in report.items() if isinstance(value, int | float)})
+    if len(class_names) <= MOST_CLASSES_SHOWN:
+        run.log({"test/confusion_matrix": confusion_matrix(confusion, class_names)})
+    wandb.finish()
+
+
+def confusion_matrix(confusion: torch.Tensor, class_names: list[str]) -> Any:
+    """The counts (true class, predicted class) as a picture of Weights & Biases."""
     rows = [
         [class_names[actual], class_names[predicted], int(count)]
         for actual, counts in enumerate(confusion)
@@ -194,6 +210,4 @@ def log_run_end(
     ]
     columns = ["Actual", "Predicted", "nPredictions"]
     table = wandb.Table(columns=columns, data=rows)
-    matrix = wandb.plot_table("wandb/confusion_matrix/v1", table, dict(zip(columns, columns, strict=True)))
-    run.log({"test/confusion_matrix": matrix})
-    wandb.finish()
+    return wandb.plot_table("wandb/confusion_matrix/v1", table, dict(zip(columns, columns, strict=True)))

@@ -2,9 +2,12 @@
 
     uv run recipes/train_imagenet.py --data_dir imagenet --head_convolution true --weights torchvision --evaluate_only
     uv run recipes/train_imagenet.py --data_dir imagenet --width 0.35 --resolution 128 --batch_size 256 --epochs 150 \\
-        --num_workers 16 --devices 8 --strategy ddp --precision bf16-mixed --compile
+        --learning_rate 0.8 --num_workers 16 --devices 8 --strategy ddp --precision bf16-mixed --compile
     uv run recipes/train_imagenet.py --data_dir imagenet --weights runs/train_imagenet/20261120-100000/last.ckpt \\
-        --scheme sub_tensor --resolution 128 --allow_oversize --epochs 1
+        --scheme recipes/schemes/mobilenet_v2-w0.35_lin2022_99kb.json --resolution 128 --allow_oversize --epochs 1
+
+The first takes half a minute on two cores of an AMD EPYC for 1,000 images and gives 81.4 % there. A classifier of 1000
+classes needs more SRAM for its update than any microcontroller of the table has: hence --allow_oversize.
 """
 
 from pathlib import Path

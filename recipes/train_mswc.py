@@ -19,7 +19,7 @@ from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.user_error import UserError
 from microtune.recipes.command_line import flat, listed, run
-from microtune.recipes.train_speech_commands import SPEECH_FROM_SCRATCH
+from microtune.recipes.train_speech_commands import LEARNING_RATE_FROM_SCRATCH, check_spectrograms
 from microtune.recipes.training import train
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def main(
     forgetting: bool = True,
     n_mels: int = 40,
     hop_ms: int = 10,
-    epochs: int = 80,
+    epochs: int = 120,
     batch_size: int = 32,
     seed: int = 0,
     num_workers: int = 0,
@@ -73,11 +73,13 @@ def main(
         skip_broken: Leave out files that cannot be decoded, and say how many.
     """
     arguments = flat(locals())
+    check_spectrograms(weights, n_mels, hop_ms)
     data = words_to_learn(arguments)
-    earlier_data = earlier_words(weights, n_mels, hop_ms) if forgetting else None
+    earlier_data = earlier_words(weights) if forgetting and not options.get("evaluate_only") else None
     return train(
         data, "train_mswc", arguments, weights, epochs, batch_size, seed,
-        scratch_defaults=SPEECH_FROM_SCRATCH, earlier_data=earlier_data, **options,
+        scratch_defaults={"learning_rate": LEARNING_RATE_FROM_SCRATCH * batch_size / 32}, earlier_data=earlier_data,
+        **options,
     )  # fmt: skip
 
 
@@ -96,36 +98,27 @@ def words_to_learn(arguments: dict[str, Any]) -> MSWC:
     )
 
 
-def earlier_words(weights: str, n_mels: int, hop_ms: int) -> LightningDataModule | None:
-    """What the run that wrote ``weights`` had learnt, by the ``config.yaml`` beside them; None if that is not known.
-
-    Raises:
-        UserError: The weights were trained on other spectrograms.
-    """
-    config = Path(weights).with_name("config.yaml")
-    if weights == "none" or not config.exists():
+def earlier_words(weights: str) -> LightningDataModule | None:
+    """What the run that wrote ``weights`` had learnt, by the ``config.yaml`` beside them; None if that is not known."""
+    if weights == "none":
         return None
-    earlier = yaml.safe_load(config.read_text(encoding="utf-8"))
-    if "n_mels" not in earlier:
-        return None
-    if (earlier["n_mels"], earlier["hop_ms"]) != (n_mels, hop_ms):
-        raise UserError(
-            f"{weights} was trained on spectrograms of n_mels {earlier['n_mels']} and hop_ms {earlier['hop_ms']}, "
-            f"not {n_mels} and {hop_ms}: give its own"
-        )
-    if "task" in earlier:
-        data = SpeechCommands(
-            earlier["data_dir"], earlier["task"], earlier["version"], n_mels=n_mels, hop_ms=hop_ms,
-            skip_broken=earlier["skip_broken"],
-        )  # fmt: skip
-    else:
-        data = words_to_learn(earlier | {"archives": None})
+    config = Path(weights).expanduser().with_name("config.yaml")
     try:
+        earlier = yaml.safe_load(config.read_text(encoding="utf-8"))
+        data = commands_learnt(earlier) if "task" in earlier else words_to_learn(earlier | {"archives": None})
         data.setup()
-    except UserError as error:
-        log.warning("what is forgotten is not measured: %s", error)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UserError) as error:
+        reason = f"{config} has no {error}" if isinstance(error, KeyError) else error
+        log.warning("what is forgotten is not measured: %s", reason)
         return None
     return data
+
+
+def commands_learnt(arguments: dict[str, Any]) -> SpeechCommands:
+    """The data module that the ``config.yaml`` of a run of ``train_speech_commands.py`` describes."""
+    same = ("task", "version", "n_mels", "hop_ms", "cache", "skip_broken")
+    cache_dir = arguments["cache_dir"] and Path(arguments["cache_dir"])
+    return SpeechCommands(arguments["data_dir"], cache_dir=cache_dir, **{name: arguments[name] for name in same})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """The job that all training recipes share: train a network, from scratch or under a scheme that fits an MCU."""
 
 import copy
+import getpass
 import logging
 import math
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from filelock import FileLock
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -32,11 +35,18 @@ from microtune.modules.scheme_application import Method
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import write_json
-from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, refuse_oversize
-from microtune.recipes.networks import DescribedNetwork, NetworkName, describe_network, scheme_by_name_or_file
+from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, refuse_oversize, scheme_fits
+from microtune.recipes.networks import (
+    FILLING_SCHEMES,
+    DescribedNetwork,
+    NetworkName,
+    describe_network,
+    scheme_by_name_or_file,
+)
 from microtune.recipes.run_folder import (
     LoggerName,
     WholeFileCheckpointIO,
+    check_run_folder,
     checkpoint_to_resume,
     log_run_end,
     log_run_start,
@@ -67,7 +77,7 @@ RANGES = {
 
 
 # MobileNetV2's own (Sandler et al. 2018, section 6.1), but with label smoothing, as those who trained it since have
-FROM_SCRATCH = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1, "ema_decay": 0.0}
+WITH_BATCH_NORM = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1, "ema_decay": 0.0}
 UNDER_A_SCHEME = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, "ema_decay": 0.0}
 
 
@@ -104,7 +114,7 @@ def train(
     evaluate_only: bool = False,
     compile: bool = False,
     accelerator: str = "auto",
-    devices: str = "auto",
+    devices: str = "1",
     num_nodes: int = 1,
     strategy: str = "auto",
     precision: str = "32-true",
@@ -122,7 +132,7 @@ def train(
         epochs: Passes over the training split.
         batch_size: Samples per batch and device.
         seed: Of the fresh classifier, the order of the samples and their augmentation.
-        scratch_defaults: The recipe's own settings where training begins from scratch, instead of ``FROM_SCRATCH``.
+        scratch_defaults: The recipe's own settings where training begins from scratch, over ``WITH_BATCH_NORM``.
         earlier_data: What the weights were trained on: tested before and after, with the weights' own classifier, to
             say what was forgotten.
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits the
@@ -140,7 +150,7 @@ def train(
         label_smoothing: Of the loss. By default 0 under a scheme, else 0.1.
         warmup_fraction: Part of all steps in which the learning rate rises; then it falls to zero as a cosine.
         ema_decay: Of the exponential moving average of the weights per step, which is what is tested; 0 for none, the
-            default but for ImageNet from scratch, which has 0.9999.
+            default but for ImageNet from scratch, which has 0.9999, or less if it takes few steps.
         accumulate_batches: Batches whose gradients are summed before a step.
         gradient_clip_norm: Largest norm of the gradient.
         channel_choice: How a layer's updated channels are chosen: weight_norm or random.
@@ -152,7 +162,7 @@ def train(
         evaluate_only: Train nothing: test the weights as they are.
         compile: Compile the network with torch.compile: minutes at the start, for faster steps.
         accelerator: As Lightning's Trainer takes it.
-        devices: Number of devices, or auto.
+        devices: Number of devices on each machine, or auto; each takes batches of its own.
         num_nodes: Machines, each of which runs the recipe.
         strategy: As Lightning's Trainer takes it, such as ddp.
         precision: As Lightning's Trainer takes it, such as bf16-mixed.
@@ -170,11 +180,12 @@ def train(
     padding = padding_of_weights(weights)
     if width is None:
         width = width_of_weights(weights) or 0.35
-    data.prepare_data()
+    check_run_folder(out_dir, resume)
+    prepare_once(data)
     data.setup()
     described = describe_network(width, data.input_shape, data.num_classes, head_convolution, padding)
-    from_scratch = (weights == "none" if scheme is None else scheme == "none") or evaluate_only
-    if from_scratch and batch_size == 1 and not evaluate_only:
+    has_batch_norm = weights == "none" if scheme is None else scheme == "none"
+    if has_batch_norm and batch_size == 1 and not evaluate_only:
         raise UserError("batch_size is 1, and batch norm has no statistics of one sample: give 2 or more")
     peak_memory = PeakMemory(
         described.operations,
@@ -182,7 +193,7 @@ def train(
         gradient_accumulation=accumulate_batches > 1,
     )
     update_scheme = None
-    if not from_scratch:
+    if not has_batch_norm and not evaluate_only:
         update_scheme = scheme_that_fits(scheme or "sub_tensor", described, peak_memory, device, allow_oversize)
         if weights == "none":
             log.warning("a scheme updates little of a network that has learnt nothing: give --weights")
@@ -190,7 +201,8 @@ def train(
     seed_everything(seed, verbose=False)
     settings = settings_of(
         {"learning_rate": 0.1 / 256 * batch_size * accumulate_batches}
-        | (FROM_SCRATCH | (scratch_defaults or {}) if from_scratch else UNDER_A_SCHEME)
+        | (WITH_BATCH_NORM if has_batch_norm else UNDER_A_SCHEME)
+        | (scratch_defaults if weights == "none" and has_batch_norm and scratch_defaults else {})
         | ({"learning_rate": 1e-3} if optimizer == "adamw" else {}),
         learning_rate=learning_rate,
         momentum=momentum,
@@ -199,12 +211,17 @@ def train(
         ema_decay=ema_decay,
     )
     average_decay = settings.pop("ema_decay")
+    if ema_decay is None:
+        # the average begins with the first step, and of a short run that would be most of it
+        steps = epochs * math.ceil(data.train_samples / (batch_size * accumulate_batches))
+        average_decay = min(average_decay, steps / (steps + 10))
     folded = weights_are_folded(weights) if evaluate_only else update_scheme is not None
     module = Classifier(
         {**described.arguments, "folded": folded},
         optimizer=optimizer,
         warmup_fraction=warmup_fraction,
         class_names=data.class_names,
+        input_shape=list(described.input_shape),
         **settings,
     )
     load_pretrained(module, weights, described.input_shape, whole=evaluate_only)
@@ -214,10 +231,8 @@ def train(
     if compile:
         module.net.compile()
 
-    out_dir = open_run_folder(out_dir, recipe, resume)
-    if resume:
-        refuse_another_run(out_dir, plain(arguments), update_scheme)
-    callbacks = [ModelCheckpoint(out_dir, "last", save_on_train_epoch_end=True, enable_version_counter=False)]
+    checkpoints = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    callbacks = [checkpoints]
     if update_scheme is not None:
         callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
     averaging = [EMAWeightAveraging(decay=average_decay)] if average_decay else []
@@ -232,6 +247,11 @@ def train(
         gradient_clip_val=gradient_clip_norm,
         callbacks=callbacks + averaging,
     )
+    # the Trainer knows which of several processes this is, and one of them alone opens the folder
+    out_dir = open_run_folder(out_dir, recipe, resume)
+    if resume:
+        refuse_another_run(out_dir, plain(arguments), update_scheme)
+    checkpoints.dirpath = str(out_dir)
     memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
     forgotten = {} if earlier is None else {"earlier_top1_before": test_quietly(trainer, earlier, earlier_data)}
     loggers = trainer.loggers = make_loggers(logger, out_dir, recipe)
@@ -269,7 +289,15 @@ def scheme_that_fits(
     if not allow_oversize:
         remedy = "or give --allow_oversize to train anyway"
         refuse_oversize(peak_memory, update_scheme, device, described.network, remedy)
+    elif scheme in FILLING_SCHEMES and not scheme_fits(peak_memory, update_scheme, device):
+        log.warning("%s takes what fits %s, and nothing does: the classifier alone is updated", scheme, device.name)
     return update_scheme
+
+
+def prepare_once(data: LightningDataModule) -> None:
+    """Downloads and unpacks in one process of this machine at a time: the others find it done."""
+    with FileLock(Path(tempfile.gettempdir()) / f"microtune-{getpass.getuser()}.lock"):
+        data.prepare_data()
 
 
 def settings_of(defaults: dict[str, float], **given: float | None) -> dict[str, float]:
@@ -319,6 +347,8 @@ def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, in
     if weights == "none":
         return
     fresh = copy.deepcopy(module.net.classifier.state_dict())
+    if weights_are_folded(weights) and not network["folded"]:
+        raise UserError(f"{weights} has no batch norm, which --scheme none trains with: give --scheme full, or another")
     if network["folded"] == weights_are_folded(weights):
         load_weights(module.net, weights, whole)
     else:

@@ -433,7 +433,7 @@ def test_too_little_room_on_disk(paths, tmp_path, monkeypatch, no_decoding):
     usage = collections.namedtuple("usage", "total used free")
     no_decoding()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**10, 10**10 - 159_999, 159_999))
-    with pytest.raises(UserError, match=r"cache has 0\.0 GB left, 5 clips need 0\.0 GB: --cache_dir"):
+    with pytest.raises(UserError, match=r"cache has 0\.0 GB left, 5 clips need 0\.0 GB: make room or give"):
         decode_clips(paths, "disk", tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

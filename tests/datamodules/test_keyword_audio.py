@@ -429,7 +429,7 @@ def test_a_clip_is_moved_by_the_largest_draw(clips):
 def test_clips_from_disk_and_from_workers_are_those_in_memory(clips, tmp_path):
     np.save(tmp_path / "clips.npy", clips)
     on_disk = np.load(tmp_path / "clips.npy", mmap_mode="r")
-    rows, labels = np.array([5, 3, 1, 6, 0]), np.arange(5)
+    rows, labels = np.array([5, 3, 1, 6, 0, 2]), np.arange(6)
 
     def loaded(clips, num_workers):
         data = KeywordClips(clips, rows, labels, seed=2)
@@ -438,7 +438,7 @@ def test_clips_from_disk_and_from_workers_are_those_in_memory(clips, tmp_path):
         return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
     expected = loaded(clips, num_workers=0)
-    assert sorted(expected[1].tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(expected[1].tolist()) == [0, 1, 2, 3, 4, 5]
     for found in (loaded(on_disk, num_workers=0), loaded(on_disk, num_workers=2)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

@@ -890,3 +890,11 @@ def test_missing_archive_refused(tmp_path):
     with pytest.raises(UserError, match=r"en.tar.gz does not exist: give a .tar or .tar.gz file"):
         ready(tmp_path / "new", archives=[tmp_path / "en.tar.gz"])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("link", ["/etc/hello.opus", "../../secret.opus", "yes/../../secret.opus"])
+def test_link_that_leaves_the_folder_is_refused(en, link):
+    table = en / "en_train.csv"
+    table.write_text(table.read_text(encoding="utf-8") + f"{link},yes,True,ab12,NAN\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"en_train\.csv, line \d+: \S+ leaves the folder: do not use it"):
+        ready(en.parent)

@@ -207,3 +207,14 @@ def test_evaluation_shares_every_sample_once(samples, processes):
         order.rank, order.num_replicas = rank, processes
     assert sorted(index for order in orders for index in order) == list(range(samples))
     assert [len(list(order)) for order in orders] == [len(order) for order in orders]
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "in_training", "in_evaluation"),
+    [(7, 3, [3, 3], [3, 3, 1]), (8, 3, [3, 3, 2], [3, 3, 2]), (2, 1, [1, 1], [1, 1]), (1, 4, [1], [1])],
+)
+def test_a_single_sample_left_over_is_no_batch_in_training(samples, batch_size, in_training, in_evaluation):
+    """Batch norm has no statistics of one."""
+    numbers = type("Numbers", (), {"__len__": lambda _: samples, "__getitem__": lambda _, key: key})()
+    for shuffle_seed, expected in ((0, in_training), (None, in_evaluation)):
+        assert list(data_loader(numbers, batch_size, shuffle_seed, collate=len)) == expected

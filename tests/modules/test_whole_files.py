@@ -4,9 +4,11 @@ import json
 import math
 import os
 import stat
+from contextlib import nullcontext
 
 import pytest
 
+from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_file, whole_folder, write_json
 
 
@@ -93,7 +95,7 @@ def test_a_folder_that_is_there_is_left_as_it_is(tmp_path, exception):
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old.txt").write_text("old")
-    with pytest.raises(exception or OSError), whole_folder(path) as partial:  # noqa: PT012
+    with pytest.raises(exception) if exception else nullcontext(), whole_folder(path) as partial:
         (partial / "new.txt").write_text("new")
         if exception:
             raise exception
@@ -112,10 +114,19 @@ def test_a_file_under_the_folders_name_is_left_as_it_is(tmp_path):
 
 def test_of_two_at_once_the_first_to_end_stays(tmp_path):
     path = tmp_path / "folder"
-    with pytest.raises(OSError, match="folder"), whole_folder(path) as late:  # noqa: PT012
+    with whole_folder(path) as late:
         (late / "late.txt").write_text("late")
         with whole_folder(path) as early:
             assert early != late
             (early / "early.txt").write_text("early")
     assert list(path.iterdir()) == [path / "early.txt"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    message = r"file cannot be written to \(File exists\): give another folder"
+    with pytest.raises(UserError, match=message), whole_folder(tmp_path / "file" / "folder"):
+        pass
+    with pytest.raises(UserError, match="cannot be written to"), whole_folder("/proc/here/folder"):
+        pass

@@ -191,20 +191,25 @@ def tiny_mswc(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(
-    tiny_cifar, tiny_images, tiny_imagenet, tiny_speech_commands, tiny_mswc
+    tiny_cifar, tiny_images, tiny_imagenet, tiny_speech_commands, tiny_mswc, scheme_file
 ) -> Callable[[str], dict[str, Any]]:
     """The arguments of a training recipe's ``main`` for a run of about a second."""
     of_recipe = {
         "train_cifar": {"data_dir": tiny_cifar, "resolution": 32},
         "train_image_folder": {"data_dir": tiny_images, "resolution": 32},
-        "train_imagenet": {"data_dir": tiny_imagenet, "resolution": 32, "allow_oversize": True},
+        "train_imagenet": {
+            "data_dir": tiny_imagenet,
+            "resolution": 32,
+            "scheme": str(scheme_file),
+            "allow_oversize": True,
+        },
         "train_mswc": {"data_dir": tiny_mswc, "languages": "ar"},
         "train_speech_commands": {"data_dir": tiny_speech_commands, "task": "words10"},
     }
 
     def arguments(recipe: str) -> dict[str, Any]:
         values = {"epochs": 3, "batch_size": 16, "num_workers": 0, "learning_rate": 0.05, "scheme": "sub_tensor"}
-        return {**of_recipe[recipe], **values, "accelerator": "cpu", "logger": "none"}
+        return {**values, **of_recipe[recipe], "accelerator": "cpu", "logger": "none"}
 
     return arguments
 

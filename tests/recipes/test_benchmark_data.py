@@ -89,8 +89,7 @@ def test_table_has_a_row_per_set(command, tiny_cifar, tiny_images):
         (("--imagenet", "nowhere"), "nowhere has neither val/ nor ILSVRC2012_img_val.tar"),
         (("--speech_commands", "nowhere"), "nowhere/SpeechCommands/speech_commands_v0.02 does not exist"),
         (("--mswc", "nowhere"), "nowhere/en does not exist"),
-        (("--mcu", "pdp11"), "unknown microcontroller 'pdp11'"),
-        (("--scheme", "smallest"), "unknown scheme 'smallest'"),
+        (("--scheme", "smallest"), "smallest: cannot read the update scheme"),
     ],
 )
 # those without --json fail: rich's progress bar prints an empty line to a standard error that is no terminal

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import re
 import shutil
 import tarfile
 
@@ -261,3 +262,22 @@ def test_real_words(shared_data, monkeypatch, tiny_run, tmp_path):
     assert then["classes"] == 40
     assert then["loss"] < 10
     assert then["earlier_top1_before"] == pytest.approx(first["top1"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "argument of type 'NoneType'"),
+        ("languages: [en", "expected ',' or ']'"),
+        ("languages: en\nn_mels: 40\n", "config.yaml has no 'num_words'|config.yaml has no 'splits_dir'"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_without_a_readable_config_what_is_forgotten_is_not_measured(content, reason, english, tmp_path, caplog):
+    shutil.copy(english / "last.ckpt", tmp_path / "last.ckpt")
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    assert train_mswc.earlier_words(str(tmp_path / "last.ckpt")) is None
+    (message,) = caplog.messages
+    assert message.startswith("what is forgotten is not measured: ")
+    assert re.search(reason, message)

@@ -125,8 +125,8 @@ def test_zero_is_a_value_too(train, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "options", "expected"),
     [
-        ("train_speech_commands", {}, 0.1),
-        ("train_mswc", {}, 0.1),
+        ("train_speech_commands", {}, 0.1 * 16 / 32),
+        ("train_mswc", {}, 0.1 * 16 / 32),
         ("train_speech_commands", {"learning_rate": 0.02}, 0.02),
         ("train_speech_commands", {"scheme": "classifier"}, 0.1 / 256 * 16),
         ("train_speech_commands", {"scheme": "classifier", "accumulate_batches": 2}, 0.1 / 256 * 32),
@@ -146,7 +146,7 @@ def test_learning_rate_of_speech(recipe, options, expected, monkeypatch, train, 
 
 @pytest.mark.parametrize(
     ("options", "decays"),
-    [({}, [0.9999]), ({"ema_decay": 0}, []), ({"scheme": "classifier"}, []), ({"ema_decay": 0.5}, [0.5])],
+    [({}, [3 / 13]), ({"ema_decay": 0}, []), ({"scheme": "classifier"}, []), ({"ema_decay": 0.5}, [0.5])],
 )
 def test_imagenet_from_scratch_has_averaged_weights(options, decays, monkeypatch, train, tmp_path):
     made = []
