@@ -3,8 +3,12 @@
 The device's own story: a network that was trained on one vocabulary or language meets another, with few clips per
 word, and learns it under an update scheme that fits a microcontroller. First it is trained from scratch, then adapted:
 
-    uv run recipes/train_mswc.py --data_dir mswc --languages en --num_words 100 --out_dir runs/english
-    uv run recipes/train_mswc.py --data_dir mswc --languages ar --shots 20 --weights runs/english/last.ckpt
+    uv run recipes/train_mswc.py --data_dir mswc --languages en --epochs 80 --out_dir runs/english
+    uv run recipes/train_mswc.py --data_dir mswc --languages ar --weights runs/english/last.ckpt \\
+        --learning_rate 0.4 --epochs 30
+
+From 13 English words (80 epochs of 845 clips, three minutes on one core of an AMD EPYC) to 40 Arabic ones (30 epochs of
+863 clips, one minute) gives 81 % (3 seeds) with 285 KiB at the peak, where the classifier alone gives 60 %.
 """
 
 import logging
