@@ -1,6 +1,6 @@
 """Trains MobileNetV2 on Google Speech Commands, from scratch or under an update scheme that fits a microcontroller.
 
-uv run recipes/train_speech_commands.py --data_dir data --download --task words12
+    uv run recipes/train_speech_commands.py --data_dir data --download --task words12
 
 From scratch that is 120 epochs: on two cores of an AMD EPYC 167 seconds for the ten commands with 952 training clips,
 which give 90 % (3 seeds). All of Speech Commands has some forty times as many clips, and needs fewer epochs.
