@@ -696,7 +696,7 @@ def test_single_samples_have_no_statistics(refused, cifar_words):
     refused("batch_size is 1, and batch norm has no statistics of one sample: give 2 or more", "train_cifar", *words)
 
 
-def test_a_rule_that_nothing_fits_says_what_it_updates(command, cifar_words, caplog):
+def test_a_rule_that_nothing_fits_says_what_it_updates(command, cifar_words, here, caplog):
     words = ["--scheme", "sub_tensor", "--sram_bytes", "40000", "--allow_oversize"]
     ended = command("train_cifar", *cifar_words, *words)
     assert ended.status == 0
