@@ -1,7 +1,6 @@
 """The job that all training recipes share: train a network, from scratch or under a scheme that fits an MCU."""
 
 import copy
-import getpass
 import logging
 import math
 import os
@@ -35,7 +34,14 @@ from microtune.modules.scheme_application import Method
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import write_json
-from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, refuse_oversize, scheme_fits
+from microtune.recipes.memory_figures import (
+    KIB,
+    draw_memory,
+    memory_figures,
+    refuse_oversize,
+    scheme_fits,
+    size_of,
+)
 from microtune.recipes.networks import (
     FILLING_SCHEMES,
     DescribedNetwork,
@@ -296,7 +302,8 @@ def scheme_that_fits(
 
 def prepare_once(data: LightningDataModule) -> None:
     """Downloads and unpacks in one process of this machine at a time: the others find it done."""
-    with FileLock(Path(tempfile.gettempdir()) / f"microtune-{getpass.getuser()}.lock"):
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    with FileLock(Path(tempfile.gettempdir()) / f"microtune-{user}.lock"):
         data.prepare_data()
 
 
@@ -407,7 +414,7 @@ def keep_run_start(
     if rank_zero_only.rank == 0:
         scheme.save(out_dir / "scheme.json")
         matplotlib.use("Agg")
-        title = f"One training step of {scheme.network}"
+        title = f"One training step of {scheme.network} at {size_of(peak_memory.operations.tensors[0])}"
         draw_memory(peak_memory.timeline(scheme), device, title, out_dir / "memory.png")
     return memory_figures(peak_memory, scheme, device)
 
