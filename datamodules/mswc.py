@@ -1,11 +1,7 @@
 """The Multilingual Spoken Words Corpus (Mazumder et al., NeurIPS Datasets and Benchmarks 2021)."""
 
-import filecmp
-import hashlib
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from microtune.datamodules.archives import read_archive
 from microtune.datamodules.decoded_audio import CacheName, decode_clips, read_audio
 from microtune.datamodules.keyword_audio import (
     Batch,
@@ -24,19 +19,11 @@ from microtune.datamodules.keyword_audio import (
     join_recordings,
     spectrogram_shape,
 )
-from microtune.datamodules.mswc_splits import (
-    SPLITS,
-    UNKNOWN,
-    check_classes,
-    choose_clips,
-    choose_words,
-    few_shots,
-    find_clips,
-    read_languages,
-)
+from microtune.datamodules.mswc_choice import UNKNOWN, check_classes, choose_clips, choose_words, few_shots
+from microtune.datamodules.mswc_files import find_clips, unpack_mswc
+from microtune.datamodules.mswc_splits import SPLITS, read_languages
 from microtune.datamodules.reproducible_order import data_loader
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -246,124 +233,3 @@ def read_noise(folder: Path) -> np.ndarray:
     if not paths:
         raise UserError(f"noise_dir {folder} has no WAV files: give another folder, or none")
     return join_recordings([read_audio(path) for path in paths])
-
-
-def unpack_mswc(archive: Path, data_dir: Path, languages: Sequence[str]) -> None:
-    """Unpacks an archive of MSWC into ``data_dir/<language>/``, whole or not at all, and overwrites nothing.
-
-    An archive of audio or splits may hold ``<language>/``; or ``clips/``, ``audio/``, ``train/``, ``dev/``, ``test/``
-    or csv files, which go into ``<language>/``; or Opus files without a folder (Hugging Face), which go into
-    ``<language>/audio/``. If it holds only csv and text files, their folders are passed over. Where there are several
-    languages and no folder tells which one it is, a csv file's name does (``en_train.csv``), or the archive's own name
-    or folder (``en.tar.gz``, ``en_splits.tar.gz``, ``en/train/audio/0.tar.gz``). A file that is there already with the
-    same contents remains, and so does a text file: audio and splits may each bring a ``version.txt``. An empty hidden
-    folder marks what was unpacked, and a second call does nothing.
-
-    Args:
-        archive: a tar file, compressed or not.
-        data_dir: where the languages' folders are, or will be.
-        languages: those the archive may hold.
-
-    Raises:
-        UserError: if the archive cannot be read, is not MSWC's, or a file of it is there with other contents.
-
-    Example::
-
-        unpack_mswc(Path("en.tar.gz"), Path("data/mswc"), ["en"])
-    """
-    if not archive.is_file():
-        raise UserError(f"{archive} does not exist: give a .tar or .tar.gz file")
-    marker = data_dir / f".unpacked-{archive.name}-{_digest(archive)}"
-    if marker.exists():
-        return
-    with whole_folder(marker) as partial:
-        files = partial / "files"
-        only_tables = _unpack_files(archive, files)
-        moves = [
-            move
-            for source, target in _places(files, only_tables, archive, data_dir, languages)
-            for move in _moves(source, target, archive)
-        ]
-        if len({target for _, target in moves}) < len(moves):
-            raise UserError(f"{archive} has several files of one name: unpack it yourself")
-        for source, target in moves:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(source, target)
-        shutil.rmtree(files)
-
-
-def _digest(archive: Path) -> str:
-    """A hash of an archive's size, beginning and end: Hugging Face's are all called 0.tar.gz, 1.tar.gz and so on."""
-    size_bytes = archive.stat().st_size
-    with archive.open("rb") as file:
-        described = hashlib.sha256(f"{size_bytes} ".encode() + file.read(2**20))
-        file.seek(max(0, size_bytes - 2**16))
-        described.update(file.read())
-    return described.hexdigest()[:16]
-
-
-def _unpack_files(archive: Path, folder: Path) -> bool:
-    """Unpacks, and returns whether there are only csv and text files."""
-    only_tables = True
-    folder.mkdir()
-    with read_archive(archive) as members:
-        for tar, member in members:
-            if not (member.isfile() or member.isdir()):
-                raise UserError(f"{archive} holds a link or a device, {member.name}: do not trust this archive")
-            tar.extract(member, folder, filter="data")
-            only_tables &= member.isdir() or member.name.endswith((".csv", ".txt"))
-    if not any(folder.iterdir()):
-        raise UserError(f"{archive} holds no files: download it again")
-    return only_tables
-
-
-def _places(
-    files: Path, only_tables: bool, archive: Path, data_dir: Path, languages: Sequence[str]
-) -> list[tuple[Path, Path]]:
-    """What was unpacked, and where it belongs; see ``unpack_mswc``."""
-    places = []
-    if only_tables:
-        tables = sorted(path for path in files.rglob("*") if path.is_file())
-        for path in tables:
-            named = [*reversed(path.relative_to(files).parts), *(other.name for other in tables)]
-            places.append((path, data_dir / _language(named, archive, languages) / path.name))
-        return places
-    for entry in sorted(files.iterdir(), key=lambda path: (path.is_file(), path.name)):
-        if entry.is_dir() and entry.name in languages:
-            places.append((entry, data_dir / entry.name))
-        elif entry.is_dir() and entry.name not in ("clips", "audio", *SPLITS):
-            raise UserError(
-                f"{archive} holds a folder {entry.name!r}, neither clips nor one of the languages "
-                f"({', '.join(languages)}): name its language too, or unpack it yourself"
-            )
-        else:
-            named = [entry.name] if entry.suffix == ".csv" else []
-            below = "audio" if entry.is_file() and entry.suffix == ".opus" else ""
-            places.append((entry, data_dir / _language(named, archive, languages) / below / entry.name))
-    return places
-
-
-def _language(names: Sequence[str], archive: Path, languages: Sequence[str]) -> str:
-    if len(languages) == 1:
-        return languages[0]
-    for name in (*names, *reversed(archive.absolute().parts)):
-        for language in languages:
-            if language in name.partition(".")[0].split("_"):
-                return language
-    raise UserError(
-        f"{archive} does not say which of {', '.join(languages)} it holds: "
-        f"rename it, say, {languages[0]}_{archive.name}"
-    )
-
-
-def _moves(source: Path, target: Path, archive: Path) -> Iterator[tuple[Path, Path]]:
-    """The renames that bring ``source`` to ``target``, without what is there with the same contents."""
-    if not os.path.lexists(target):
-        yield source, target
-    elif source.is_dir() and target.is_dir():
-        for entry in sorted(source.iterdir()):
-            yield from _moves(entry, target / entry.name, archive)
-    elif not (source.is_file() and target.is_file()) or not (
-        source.suffix == ".txt" or filecmp.cmp(source, target, shallow=False)
-    ):
-        raise UserError(f"{target} is there already, and not as in {archive}: move it away, or leave out the archive")

@@ -21,17 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 
-from microtune.datamodules import mswc
+from microtune.datamodules import mswc_files
 from microtune.datamodules.decoded_audio import one_second, read_audio
-from microtune.datamodules.mswc import MSWC, unpack_mswc
-from microtune.datamodules.mswc_splits import (
-    SPLITS,
-    Splits,
-    choose_clips,
-    choose_words,
-    few_shots,
-    read_tables,
-)
+from microtune.datamodules.mswc import MSWC
+from microtune.datamodules.mswc_choice import choose_clips, choose_words, few_shots
+from microtune.datamodules.mswc_files import unpack_mswc
+from microtune.datamodules.mswc_splits import SPLITS, Splits, read_tables
 from microtune.modules.user_error import UserError
 
 # training, dev and test clips of each word
@@ -766,7 +761,7 @@ def test_archives_are_unpacked_once(en, tmp_path, audio_name, table_name, monkey
     assert sounds(data, "_train") == sounds(ready(en.parent), "_train")
     assert {path.name for path in data_dir.iterdir() if not path.name.startswith(".unpacked-")} == {"en"}
     before = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
-    monkeypatch.setattr(mswc, "_unpack_files", None)
+    monkeypatch.setattr(mswc_files, "_unpack_files", None)
     ready(data_dir, archives=archives)
     assert {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")} == before
 
