@@ -18,7 +18,7 @@ from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_de
 from torchvision.models import MobileNet_V2_Weights
 
 from microtune.datamodules.archives import read_archive
-from microtune.datamodules.image_folder import (
+from microtune.datamodules.image_files import (
     SUFFIXES,
     ImageFiles,
     check_smallest_crop,

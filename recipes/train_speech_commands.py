@@ -3,7 +3,7 @@
     uv run recipes/train_speech_commands.py --data_dir data --download --task words12
 
 From scratch that is 120 epochs: on two cores of an AMD EPYC 167 seconds for the ten commands with 952 training clips,
-which give 90 % (3 seeds). All of Speech Commands has some forty times as many clips, and needs fewer epochs.
+which give 90 % (3 seeds). The whole data set has many times as many clips, and needs fewer epochs.
 """
 
 from pathlib import Path

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from microtune.datamodules.image_folder import ImageFolder, decode
+from microtune.datamodules.image_files import decode
+from microtune.datamodules.image_folder import ImageFolder
 from microtune.modules.user_error import UserError
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import imagenet as torchvision_imagenet
 from torchvision.models import MobileNet_V2_Weights
 
-from microtune.datamodules.image_folder import decode, middle_part, opened, random_part
+from microtune.datamodules.image_files import decode, middle_part, opened, random_part
 from microtune.datamodules.imagenet import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, ImageNet, read_wnids
 from microtune.datamodules.reproducible_order import seeded_torch
 from microtune.modules.mobilenet_v2 import NORMALIZATION, load_weights, mobilenet_v2
