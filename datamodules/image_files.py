@@ -191,6 +191,21 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path} cannot be read as an image ({error}): remove it or give --skip_broken true") from error
 
 
+def leave_out_empty(files: dict[str, list], folder: Path) -> dict[str, list]:
+    """The class folders that hold files; one warning counts the others.
+
+    Example::
+
+        leave_out_empty({"daisy": ["a.jpg"], "tulip": []}, Path("flowers"))  # {"daisy": ["a.jpg"]}
+    """
+    empty = [name for name, names in files.items() if not names]
+    if empty:
+        rank_zero_only(log.warning)(
+            "%d class folders of %d are empty and are left out, %s the first", len(empty), len(files), folder / empty[0]
+        )
+    return {name: names for name, names in files.items() if names}
+
+
 def find_readable(paths: Iterable[Path], count: int, folder: Path) -> np.ndarray:
     """Decode every image and return which ones can be read; one warning counts the others.
 

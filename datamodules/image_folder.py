@@ -16,13 +16,12 @@ from microtune.datamodules.image_files import (
     check_smallest_crop,
     find_readable,
     image_loader,
+    leave_out_empty,
     middle_part,
     random_part,
 )
 from microtune.datamodules.images_in_memory import Normalization, check_image_arguments
-from microtune.datamodules.reproducible_order import (
-    stratified_split,
-)
+from microtune.datamodules.reproducible_order import stratified_split
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)
@@ -164,7 +163,7 @@ def list_images(folder: Path, skip_broken: bool, at_least: int) -> dict[str, lis
 
     Args:
         folder: the folder of class folders.
-        skip_broken: leave out what cannot be read, instead of raising an error for what is no image by its name.
+        skip_broken: leave out what cannot be read, and empty folders, instead of raising an error for them.
         at_least: the images that each class must have.
 
     Raises:
@@ -175,6 +174,8 @@ def list_images(folder: Path, skip_broken: bool, at_least: int) -> dict[str, lis
         list_images(Path("flowers/train"), skip_broken=False, at_least=2)  # {"daisy": [...], "tulip": [...]}
     """
     images = {path.name: _visible(path) for path in _visible(folder) if path.is_dir()}
+    if skip_broken:
+        images = leave_out_empty(images, folder)
     if len(images) < 2:
         raise UserError(f"{folder} has {len(images)} class folders: give a folder with {LAYOUT}")
     entries = [path for paths in images.values() for path in paths]

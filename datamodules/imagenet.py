@@ -24,6 +24,7 @@ from microtune.datamodules.image_files import (
     check_smallest_crop,
     find_readable,
     image_loader,
+    leave_out_empty,
     middle_part,
     random_part,
 )
@@ -247,22 +248,26 @@ def list_images_by_wnid(folder: Path, skip_broken: bool) -> LabelledNames:
             f"or remove {folder} and put the archives from image-net.org in {folder.parent} to have them unpacked"
         )
     label_of = {wnid: label for label, wnid in enumerate(read_wnids())}
-    names, labels = [], []
+    files = {}
     for wnid in wnids:
         if wnid not in label_of:
             raise UserError(
                 f"{folder / wnid} is none of the 1000 classes, which are named like n01440764: is this ImageNet? "
                 "train_image_folder.py takes any folder of classes"
             )
-        in_class = _names_in_class(folder / wnid, skip_broken)
-        names.append(np.array([os.fsencode(f"{wnid}/{name}") for name in in_class], dtype=bytes))
-        labels.append(np.full(len(in_class), label_of[wnid]))
+        files[wnid] = _names_in_class(folder / wnid, skip_broken)
+    if skip_broken:
+        files = leave_out_empty(files, folder)
+    names = [np.array([os.fsencode(f"{wnid}/{name}") for name in found], bytes) for wnid, found in files.items()]
+    labels = [np.full(len(found), label_of[wnid]) for wnid, found in files.items()]
+    if not files:
+        raise UserError(f"all class folders of {folder} are empty: add images")
     images = LabelledNames(folder, np.concatenate(names), np.concatenate(labels))
     if skip_broken:
         paths = (folder / os.fsdecode(name) for name in images.names)
         images = images.chosen(find_readable(paths, len(images.names), folder))
     counts = np.bincount(images.labels, minlength=len(label_of))
-    for wnid in wnids:
+    for wnid in files:
         if counts[label_of[wnid]] == 0:
             raise UserError(f"class folder {folder / wnid} has 0 images: add images or remove it")
     return images

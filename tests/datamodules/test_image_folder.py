@@ -190,6 +190,14 @@ def test_empty_class_refused(one_folder):
         ready(one_folder)
 
 
+def test_empty_class_is_left_out_and_counted(one_folder, caplog):
+    classes = ready(one_folder).class_names
+    (one_folder / "d").mkdir()
+    assert ready(one_folder, skip_broken=True).class_names == classes
+    expected = f"1 class folders of {len(classes) + 1} are empty and are left out, {one_folder / 'd'} the first"
+    assert caplog.messages == [expected]
+
+
 def test_class_too_small_to_split_refused(one_folder):
     fill(one_folder, ["d"], 2)
     with pytest.raises(UserError, match=r"class folder .*/d has 2 images"):

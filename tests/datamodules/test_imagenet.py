@@ -478,6 +478,18 @@ def test_class_of_broken_images_alone_refused(three_classes):
         ready(three_classes, skip_broken=True)
 
 
+def test_empty_classes_are_left_out_and_counted(three_classes, caplog):
+    empty = three_classes / "train/n01484850"
+    empty.mkdir()
+    data = ready(three_classes, skip_broken=True)
+    assert data.num_classes == 1000
+    assert caplog.messages == [f"1 class folders of 4 are empty and are left out, {empty} the first"]
+    for path in (three_classes / "val").rglob("*.JPEG"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"all class folders of .*val are empty: add images"):
+        ready(three_classes, skip_broken=True)
+
+
 def test_damaged_image_is_named(three_classes):
     path = three_classes / "val" / TENCH / f"{TENCH}_1.JPEG"
     path.write_bytes(path.read_bytes()[:-100])
