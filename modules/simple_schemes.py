@@ -64,7 +64,7 @@ def expanding_convolutions_that_fit(
         ratios: Update ratios to try, the same for all layers; of a layer with too few channels, one channel.
     """
     convolutions = operations.convolutions
-    expanding = [index for index, convolution in enumerate(convolutions) if _is_expanding(convolution)]
+    expanding = [index for index, convolution in enumerate(convolutions) if is_expanding(convolution)]
 
     def candidates() -> Iterator[UpdateScheme]:
         for first, ratio in itertools.product(expanding, ratios):
@@ -77,7 +77,8 @@ def expanding_convolutions_that_fit(
     return _first_that_fits(candidates(), fits)
 
 
-def _is_expanding(convolution: Convolution) -> bool:
+def is_expanding(convolution: Convolution) -> bool:
+    """Whether it is a 1x1 convolution with more outputs than inputs."""
     return convolution.kernel_size == (1, 1) and convolution.out_channels > convolution.in_channels
 
 

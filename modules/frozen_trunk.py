@@ -1,0 +1,56 @@
+"""A network cut in two where training begins: what is frozen in all of many trainings, and the rest."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import MobileNetV2
+
+from microtune.modules.operations import NetworkOperations
+from microtune.modules.user_error import UserError
+
+
+def cut_network(network: nn.Module, operations: NetworkOperations, bias_depth: int) -> tuple[nn.Module, nn.Module]:
+    """Cuts a MobileNetV2 in front of the block that holds the first of the last ``bias_depth`` convolutions.
+
+    Nothing before that block changes under any scheme of at most this depth, so that what it computes can be kept.
+
+    Args:
+        network: Without batch norm; it is copied.
+        operations: Of the network.
+        bias_depth: The deepest of the trainings to come, 0 or more.
+
+    Returns:
+        The trunk, and the rest with the network's own names: ``rest(trunk(x))`` is ``network(x)``, and the same
+        schemes apply to the rest.
+
+    Raises:
+        UserError: The network is no MobileNetV2, or has fewer convolutions.
+
+    Example::
+
+        trunk, rest = cut_network(network, find_operations(network, (3, 96, 96)), bias_depth=12)
+        rest(trunk(torch.zeros(1, 3, 96, 96)))
+    """
+    convolutions = operations.convolutions
+    if not isinstance(network, MobileNetV2):
+        raise UserError(f"a {type(network).__name__} cannot be cut in two: give a MobileNetV2")
+    if not 0 <= bias_depth <= len(convolutions):
+        raise UserError(f"bias depth {bias_depth} is out of its range: give 0 to {len(convolutions)}")
+    first = len(network.features)
+    if bias_depth:
+        first = int(convolutions[len(convolutions) - bias_depth].name.split(".")[1])
+    rest = copy.deepcopy(network)
+    rest.features = rest.features[first:]  # a slice of a Sequential keeps the names of its parts
+    return copy.deepcopy(network.features[:first]).eval().requires_grad_(False), rest
+
+
+@torch.no_grad()
+def features_of(trunk: nn.Module, samples: Tensor) -> Tensor:
+    """What the trunk makes of samples (N, C, H, W): its output, in PyTorch's ``channels_last`` order.
+
+    Example::
+
+        features_of(trunk, torch.zeros(8, 3, 96, 96)).shape  # (8, 16, 12, 12), say
+    """
+    return trunk(samples.contiguous(memory_format=torch.channels_last))

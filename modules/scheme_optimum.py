@@ -1,0 +1,150 @@
+"""The proven optimum of a search problem, by mixed-integer programs: what a search is measured against."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from microtune.modules.scheme_search import Genome, SearchProblem
+from microtune.modules.user_error import UserError
+
+INFEASIBLE = 2  # of the states that milp returns
+OBJECTIVE_SCALE = 1e4  # what all gains sum up to in the program: HiGHS stops within 1e-6 of the best
+NO_GAIN = 1e-12  # what is below does not count
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best genome there is.
+
+    Args:
+        genome: One with the highest score; several may have it.
+        score: Its score.
+    """
+
+    genome: Genome
+    score: float
+
+
+def proven_optimum(problem: SearchProblem) -> Optimum:
+    """The highest score within the budget, with a proof: by HiGHS, one program per bias depth.
+
+    At one depth the bytes of every moment are linear in the choices, at most one ratio per layer: with extra memory a
+    multiple-choice knapsack, with peak memory one such row per moment. A depth whose gains together cannot beat the
+    best so far is skipped.
+
+    Args:
+        problem: What to solve.
+
+    Raises:
+        UserError: Two candidate layers read the same activation: their bytes do not add up under peak memory.
+
+    Example::
+
+        problem.scheme(proven_optimum(problem).genome).save("optimum.json")
+    """
+    if not problem.account.is_linear:
+        convolutions = problem.peak_memory.operations.convolutions
+        names = " and ".join(convolutions[layer].name for layer in problem.account.shared_inputs[0])
+        raise UserError(
+            f"{names} read the same activation, so their peak memory does not add up and no optimum is proven: "
+            "leave all but one of them out of the contribution table, or take memory='extra'"
+        )
+    genome = best_genome(problem)
+    return Optimum(genome, problem.score(genome))
+
+
+def best_genome(problem: SearchProblem) -> Genome | None:
+    """The genome of the optimum; None if no genome fits, which a problem in hand rules out."""
+    best, best_score = None, -np.inf
+    bounds = np.array([_highest_gain(problem, depth) for depth in range(len(problem.depths))])
+    for depth in np.argsort(-bounds, kind="stable").tolist():
+        if bounds[depth] <= best_score:
+            break
+        genome = _best_of_depth(problem, depth)
+        if genome is not None and problem.score(genome) > best_score:
+            best, best_score = genome, problem.score(genome)
+    return best
+
+
+def _highest_gain(problem: SearchProblem, depth: int) -> float:
+    """The gain of a depth and the best of all layers within it, whatever they need."""
+    best_of_part = np.zeros(1 + len(problem.layers))
+    np.maximum.at(best_of_part, problem.part_of, np.where(problem.is_within[depth], problem.gains, 0))
+    return float(problem.gains[depth] + best_of_part[1:].sum())
+
+
+def _best_of_depth(problem: SearchProblem, depth: int) -> Genome | None:
+    """The best genome with this bias depth; None if none fits."""
+    depths = len(problem.depths)
+    is_update = np.arange(len(problem.part_of)) != problem.first_option[problem.part_of]
+    usable = problem.is_within[depth] & is_update & (problem.part_of > 0)
+    if problem.flash_limit_bytes is None:  # only the flash asks for updates that cost accuracy
+        usable &= problem.gains > 0
+    options = np.flatnonzero(usable)
+    bytes_added = problem.account.per_choice[depth][options - depths]
+    left = problem.limits - problem.account.constant[depth]
+    chosen = _chosen(problem.gains[options], bytes_added, left, problem.part_of[options])
+    if chosen is None:
+        return None
+    genome = [depth] + [0] * len(problem.layers)
+    for option in options[chosen].tolist():
+        part = int(problem.part_of[option])
+        genome[part] = option - int(problem.first_option[part])
+    if not problem.fits(tuple(genome)):
+        raise RuntimeError(f"HiGHS returned {genome}, which is over the budget")
+    return tuple(genome)
+
+
+def _chosen(
+    gains: NDArray[np.float64], bytes_added: NDArray[np.float64], left: NDArray[np.float64], layers: NDArray[np.int64]
+) -> NDArray[np.bool_] | None:
+    """Which choices have the highest sum of gains, at most one of each layer; None if nothing fits.
+
+    Args:
+        gains: Of shape (choice,).
+        bytes_added: Whole numbers, of shape (choice, moment).
+        left: What the choices may take, of shape (moment,).
+        layers: The layer of each choice.
+    """
+    if not len(gains):
+        return np.zeros(0, dtype=bool) if (left >= 0).all() else None
+    one_of_each = (layers == np.unique(layers)[:, None]).astype(float)
+    # sums are whole numbers: half a byte more admits no other scheme, and keeps the solver's tolerance away
+    rows = LinearConstraint(
+        np.concatenate([bytes_added.T, one_of_each]),
+        ub=np.concatenate([np.floor(left) + 0.5, np.ones(len(one_of_each))]),
+    )
+    scale = OBJECTIVE_SCALE / max(np.abs(gains).sum(), NO_GAIN)
+    with _silent_standard_output():
+        result = milp(
+            -gains * scale,
+            integrality=np.ones(len(gains)),
+            bounds=Bounds(0, 1),
+            constraints=rows,
+            options={"mip_rel_gap": 0},
+        )
+    if result.status == INFEASIBLE:
+        return None
+    if not result.success:
+        raise RuntimeError(f"HiGHS ended without the optimum: {result.message}")
+    return result.x > 0.5
+
+
+@contextmanager
+def _silent_standard_output() -> Iterator[None]:
+    """HiGHS prints from C, past ``sys.stdout``: it would stand amid what a recipe prints for another program."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

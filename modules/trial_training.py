@@ -1,0 +1,112 @@
+"""Trials: short trainings of candidate schemes from one network, judged on the validation split."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from microtune.datamodules.kept_features import Split, TrunkFeatures
+from microtune.modules.channel_choice import choose_channels
+from microtune.modules.classifier import learning_rate_factor
+from microtune.modules.operations import find_operations
+from microtune.modules.scheme_application import AppliedScheme
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+
+
+class TrialTraining:
+    """Trains candidate schemes for a number of steps and tells their accuracy on the validation split.
+
+    A trial does what ``Classifier`` and ``SparseUpdate`` do under a Trainer (SGD without momentum, warm-up, cosine),
+    to the bit, but begins behind the frozen trunk and has no Trainer around it, which would take as long again.
+    Candidates of one call train side by side: they share the batches and, where it is not kept, the trunk's work.
+
+    Args:
+        rest: The network behind the trunk, from ``cut_network``.
+        features: What the trunk makes of the data.
+        fresh_classifier: Gives the classifier's weights that a seed begins with.
+        steps: Optimizer steps of a trial.
+        batch_size: Samples of a step.
+        learning_rate: At its highest.
+        warmup_fraction: Part of the steps in which it rises.
+
+    Example::
+
+        trunk, rest = cut_network(network, operations, bias_depth=36)
+        trials = TrialTraining(rest, TrunkFeatures(trunk, data, copies=1), fresh_classifier, steps=100)
+        trials.accuracies([scheme, other], seed=0)  # [0.71, 0.73]
+    """
+
+    def __init__(
+        self,
+        rest: nn.Module,
+        features: TrunkFeatures,
+        fresh_classifier: Callable[[int], Mapping[str, Tensor]],
+        steps: int,
+        batch_size: int = 32,
+        learning_rate: float = 0.0125,
+        warmup_fraction: float = 0.1,
+    ):
+        self.rest = copy.deepcopy(rest).to(memory_format=torch.channels_last)
+        self.features = features
+        self.operations = find_operations(self.rest, features.shape)
+        self.fresh_classifier = fresh_classifier
+        self.steps = steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.warmup_steps = round(warmup_fraction * steps)
+
+    def accuracies(self, schemes: Sequence[UpdateScheme], seed: int, split: Split = "val") -> list[float]:
+        """Top-1 after training each of the schemes, with the same classifier and batches.
+
+        Args:
+            schemes: The candidates, none deeper than the trunk allows.
+            seed: Of the fresh classifier and the order of the samples.
+            split: Where the accuracy is measured. Nothing may be chosen by that on ``"test"``.
+
+        Raises:
+            UserError: A scheme reaches into the trunk.
+        """
+        candidates = [self._candidate(scheme, seed) for scheme in schemes]
+        for step, (features, labels) in enumerate(self.features.training_batches(self.batch_size, seed, self.steps)):
+            factor = learning_rate_factor(step, self.warmup_steps, self.steps)
+            for candidate in candidates:
+                candidate.step(features, labels, self.learning_rate * factor)
+        correct = [0] * len(candidates)
+        for features, labels in self.features.evaluation_batches(split):
+            for index, candidate in enumerate(candidates):
+                correct[index] += candidate.correct(features, labels)
+        return [count / self.features.samples[split] for count in correct]
+
+    def _candidate(self, scheme: UpdateScheme, seed: int) -> "_Candidate":
+        if scheme.bias_depth > len(self.operations.convolutions):
+            raise UserError(
+                f"bias depth {scheme.bias_depth} reaches into the frozen trunk: give at most "
+                f"{len(self.operations.convolutions)}, or a larger --base_depth"
+            )
+        network = copy.deepcopy(self.rest)
+        network.classifier.load_state_dict(self.fresh_classifier(seed))
+        channels = choose_channels(network, scheme, self.operations.convolutions)
+        AppliedScheme(network, scheme, self.operations, channels)
+        return _Candidate(network)
+
+
+class _Candidate:
+    """One network in training."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network.train()
+        trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trainable, lr=math.nan)
+
+    def step(self, features: Tensor, labels: Tensor, learning_rate: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.network(features), labels).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def correct(self, features: Tensor, labels: Tensor) -> int:
+        return int((self.network.eval()(features).argmax(dim=1) == labels).sum())

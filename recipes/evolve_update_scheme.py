@@ -1,0 +1,377 @@
+"""Evolves an update scheme that fits a microcontroller: a genetic algorithm in DEAP over bias depth and update ratios.
+
+    uv run recipes/evolve_update_scheme.py --contributions CONTRIBUTIONS.csv --mcu stm32f746 --finalists 0
+
+Needs the table that ``measure_contributions.py`` writes. By that table (``--fitness table``) the search takes seconds,
+and a solver's proven optimum stands beside what it finds; with ``--fitness accuracy`` every scheme is trained for some
+steps, since gains do not add up.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from deap import base, tools
+
+from microtune.datamodules.progress import progress_bar
+from microtune.modules.contributions import ContributionTable
+from microtune.modules.scheme_optimum import proven_optimum
+from microtune.modules.scheme_search import Genome, Memory, SearchProblem, random_search
+from microtune.modules.user_error import UserError
+from microtune.modules.whole_files import write_json
+from microtune.recipes.command_line import check_at_least_one, flat, run
+from microtune.recipes.finalists import train_finalists
+from microtune.recipes.networks import DescribedNetwork, NetworkName
+from microtune.recipes.run_folder import (
+    LoggerName,
+    check_run_folder,
+    open_run_folder,
+    plain,
+    refuse_another_run,
+    write_config,
+)
+from microtune.recipes.search_report import SearchLog, draw_front, draw_search, print_front, print_report
+from microtune.recipes.search_setup import (
+    all_budgets,
+    budget_of,
+    check_table,
+    good_guesses,
+    make_problem,
+    provenance_of,
+    refuse_without_data,
+    searched_network,
+)
+from microtune.recipes.search_state import SearchState
+from microtune.recipes.trial_setup import TrialSettings, accuracies
+from microtune.recipes.workers import Workers
+
+FitnessName = Literal["table", "accuracy"]
+POPULATION = {"table": 40, "accuracy": 16}
+EVALUATIONS = {"table": 5000, "accuracy": 200}
+
+
+class FitnessMax(base.Fitness):
+    """One number, the higher the better."""
+
+    weights = (1.0,)
+
+
+class Individual(list):
+    """A genome as DEAP's operators change it, with its fitness."""
+
+    def __init__(self, genome: Sequence[int], fitness: float | None = None):
+        super().__init__(genome)
+        self.fitness = FitnessMax()
+        if fitness is not None:
+            self.fitness.values = (fitness,)
+
+
+# What is evolved, and why so. (mu + lambda): the best found is never lost, and a solution that took seconds of training
+# stays. Scores of different bias depths lie close together while the best ratios differ from depth to depth, so at most
+# SURVIVORS_PER_DEPTH of a depth survive, and a tenth of the children are immigrants: both keep depths in play. Under a
+# budget a single change of a ratio seldom helps, so half of the mutations move memory from one layer to another. Every
+# child is repaired and filled with gains that are a little off, else all fillings would be the greedy one.
+SURVIVORS_PER_DEPTH = 3
+IMMIGRANTS = 0.1
+CROSSOVER = 0.6
+FILLING_NOISE = 0.5
+MOST_TRIES = 10  # per child, to make one that was not seen before
+LEAST_NEW = 0.1  # part of a generation; with fewer the search has seen what it can reach
+
+
+def make_toolbox(problem: SearchProblem) -> base.Toolbox:
+    """The operators, which draw from Python's global random numbers as DEAP's own do; fitness is by the table."""
+    toolbox = base.Toolbox()
+    toolbox.register("repair", lambda genome: Individual(problem.repair(tuple(genome), random, FILLING_NOISE)))
+    toolbox.register("immigrant", lambda: toolbox.repair(problem.random_genome(random)))
+    toolbox.register("mate", tools.cxUniform, indpb=0.5)
+    toolbox.register("mutate", mutate, problem=problem)
+    toolbox.register("select_parents", tools.selTournament, k=2, tournsize=3)
+    toolbox.register("select", survivors, per_depth=SURVIVORS_PER_DEPTH)
+    toolbox.register("evaluate", problem.score)
+    toolbox.register("map", map)
+    return toolbox
+
+
+def mutate(individual: Individual, problem: SearchProblem) -> tuple[Individual]:
+    """Moves memory from one layer to another, draws a ratio anew, or goes some bias depths deeper or less deep."""
+    kind = random.random()
+    layers = range(1, len(individual))
+    if kind < 0.5:
+        lowered = random.choice([layer for layer in layers if individual[layer]] or [0])
+        raised = random.choice(layers)
+        individual[lowered] = random.randrange(individual[lowered] or 1)
+        individual[raised] = random.randrange(individual[raised], len(problem.ratios[raised - 1]))
+    elif kind < 0.75:
+        layer = random.choice(layers)
+        individual[layer] = random.randrange(len(problem.ratios[layer - 1]))
+    else:
+        depth = individual[0] + random.choice((-3, -2, -1, 1, 2, 3))
+        individual[0] = min(max(depth, 0), len(problem.depths) - 1)
+    return (individual,)
+
+
+def survivors(individuals: Sequence[Individual], k: int, per_depth: int) -> list[Individual]:
+    """The k best distinct individuals, of one bias depth no more than ``per_depth``."""
+    of_depth: dict[int, int] = {}
+    distinct = {tuple(one): one for one in individuals}
+    chosen = []
+    for one in sorted(distinct.values(), key=lambda one: one.fitness.values, reverse=True):
+        of_depth[one[0]] = of_depth.get(one[0], 0) + 1
+        if of_depth[one[0]] <= per_depth:
+            chosen.append(one)
+    return chosen[:k]
+
+
+def new_children(toolbox: base.Toolbox, parents: Sequence[Individual], count: int, known: set) -> list[Individual]:
+    """Children that were not evaluated before; fewer than ``count`` where the search has seen all it can reach."""
+    children: dict[Genome, Individual] = {}
+    for _ in range(MOST_TRIES * count):
+        if len(children) == count:
+            break
+        if not parents or random.random() < IMMIGRANTS:
+            child = toolbox.immigrant()
+        else:
+            child, other = map(toolbox.clone, toolbox.select_parents(parents))
+            if random.random() < CROSSOVER:
+                toolbox.mate(child, other)
+            child = toolbox.repair(toolbox.mutate(child)[0])
+        if tuple(child) not in known:
+            children.setdefault(tuple(child), child)
+    return list(children.values())
+
+
+def evolve(
+    problem: SearchProblem,
+    toolbox: base.Toolbox,
+    evaluations: int,
+    population: int,
+    guesses: Sequence[Genome],
+    state: SearchState,
+    after_generation: Callable[[SearchState], None],
+) -> tools.HallOfFame:
+    """The search, generation by generation, until ``evaluations`` genomes are evaluated or no new ones come up.
+
+    Args:
+        problem: What to solve.
+        toolbox: From ``make_toolbox``; its ``map`` may give None for an evaluation that was lost.
+        evaluations: Genomes to evaluate, each once.
+        population: Survivors, and children, of a generation.
+        guesses: Genomes to begin with; the rest of the first generation is random.
+        state: What to begin from; brought up to date before ``after_generation`` is called.
+        after_generation: Keeps the state.
+
+    Returns:
+        The best individuals, distinct.
+    """
+    if state.random_state is not None:
+        random.setstate(state.random_state)
+    hall = tools.HallOfFame(population)
+    hall.update([Individual(genome, value) for genome, value in state.fitness.items() if value is not None])
+    statistics = tools.Statistics(lambda one: one.fitness.values[0])
+    for name, function in (("best", np.max), ("mean", np.mean), ("spread", np.std)):
+        statistics.register(name, function)
+    logbook = tools.Logbook()
+    parents = [Individual(genome, state.fitness[genome]) for genome in state.population]
+    while len(state.fitness) < evaluations:
+        count = min(population, evaluations - len(state.fitness))
+        children = [Individual(genome) for genome in guesses[:count]] if not state.fitness else []
+        known = state.fitness.keys() | {tuple(child) for child in children}
+        children += new_children(toolbox, parents, count - len(children), known)
+        if len(children) < LEAST_NEW * count:
+            break
+        drawn = random.getstate()  # whatever an evaluation draws
+        values = list(toolbox.map(toolbox.evaluate, [tuple(child) for child in children]))
+        random.setstate(drawn)
+        state.fitness |= zip(map(tuple, children), values, strict=True)
+        pairs = zip(children, values, strict=True)
+        children = [Individual(child, value) for child, value in pairs if value is not None]
+        hall.update(children)
+        parents = toolbox.select(parents + children, population)
+        state.population = [tuple(parent) for parent in parents]
+        state.generation += 1
+        if parents:
+            found = {name: float(value) for name, value in statistics.compile(parents).items()}
+            memory_bytes = problem.memory_bytes(tuple(hall[0]))
+            evaluated = len(state.fitness)
+            logbook.record(generation=state.generation, evaluations=evaluated, memory_bytes=memory_bytes, **found)
+            state.history.append(dict(logbook[-1]))
+        after_generation(state)
+    if not hall:
+        raise UserError("every evaluation was lost with its worker: the warnings above say why")
+    return hall
+
+
+def main(
+    contributions: Path,
+    network: NetworkName = "mobilenet_v2",
+    mcu: str | None = None,
+    memory: Memory = "peak",
+    budget_kib: float | None = None,
+    sram_bytes: int | None = None,
+    flash_bytes: int | None = None,
+    reserve_bytes: int | None = None,
+    all_mcus: bool = False,
+    fitness: FitnessName = "table",
+    evaluations: int | None = None,
+    population: int | None = None,
+    trial_seeds: int = 1,
+    finalists: int = 4,
+    final_steps: int | None = None,
+    final_seeds: int = 3,
+    processes: int = 1,
+    cluster: str | None = None,
+    allow_missing_layers: bool = False,
+    resolution: int = 96,
+    input_width: int | None = None,
+    in_channels: int = 3,
+    num_classes: int = 10,
+    seed: int = 0,
+    logger: LoggerName = "wandb",
+    out_dir: Path | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evolves an update scheme that fits a microcontroller: a genetic algorithm in DEAP.
+
+    Args:
+        contributions: Table that measure_contributions.py wrote.
+        network: Its architecture.
+        mcu: Microcontroller that a training step must fit; by default stm32f746, unless another budget is given.
+        memory: What the budget is of: peak of a training step, or extra (the paper's figure).
+        budget_kib: Budget in KiB, in place of a microcontroller.
+        sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
+        flash_bytes: Flash, likewise.
+        reserve_bytes: SRAM that is not for training, likewise.
+        all_mcus: A scheme for every known microcontroller, by the table.
+        fitness: table (sum of contributions, seconds) or accuracy (of a short training of each scheme).
+        evaluations: Schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
+        population: Survivors of a generation; by default 40, or 16 by accuracy.
+        trial_seeds: Trainings of each scheme, where fitness is accuracy.
+        finalists: Best schemes to train for longer, of which the validation split chooses; 0 for none, without data.
+        final_steps: Optimizer steps of these; by default four times those of a trial.
+        final_seeds: Trainings of each of these.
+        processes: Processes of this machine that train, one thread each.
+        cluster: Address of a Dask scheduler whose workers train instead, such as tcp://10.0.0.5:8786.
+        allow_missing_layers: Search although the table lacks expanding convolutions within its base depth.
+        resolution: Height and width of the input in pixels; of a spectrogram, its frames. Data bring their own.
+        input_width: Width of the input where it is another: of a spectrogram, its bands.
+        in_channels: Channels of the input.
+        num_classes: Outputs of the classifier.
+        seed: Of the search.
+        logger: wandb (offline unless you are logged in), csv or none.
+        out_dir: Folder of the scheme; by default a new one below runs/.
+        resume: Go on with the search in out_dir after its last finished generation.
+    """
+    started, arguments = time.monotonic(), plain(flat(locals()))
+    torch.set_num_threads(1)
+    check_at_least_one(
+        evaluations=evaluations, population=population, trial_seeds=trial_seeds, final_steps=final_steps,
+        final_seeds=final_seeds,
+    )  # fmt: skip
+    check_run_folder(out_dir, resume)
+    table = ContributionTable.load(contributions)
+    settings = TrialSettings(resolution=resolution, base_depth=max(1, *table.bias_gains), **options)
+    refuse_without_data(settings, fitness, finalists, all_mcus)
+    described = searched_network(settings, resolution, input_width, in_channels, num_classes)
+    check_table(contributions, table, described, allow_missing_layers)
+    evaluations, population = evaluations or EVALUATIONS[fitness], population or POPULATION[fitness]
+    if all_mcus:
+        return search_all_mcus(described, table, evaluations, population, seed, out_dir, arguments)
+
+    budget = budget_of(memory, budget_kib, mcu, sram_bytes, flash_bytes, reserve_bytes)
+    problem = make_problem(described, table, budget)
+    optimum = proven_optimum(problem)
+    out_dir = open_run_folder(out_dir, "evolve_update_scheme", resume)
+    if resume:
+        refuse_another_run(out_dir, arguments, None)
+    else:
+        write_config(out_dir, arguments)
+    random.seed(seed)
+    state = SearchState.load(out_dir / "search.json")
+    search_log = SearchLog(logger, out_dir, arguments, table, optimum, problem, evaluations)
+    with Workers(processes, cluster) as workers, search_log:
+        toolbox, guesses = make_toolbox(problem), []
+        if fitness == "accuracy":
+            guesses = good_guesses(problem, optimum, population)
+            trial = partial(accuracies, workers, settings, problem, tuple(range(trial_seeds)))
+            toolbox.register("map", lambda _, genomes: trial(genomes))
+
+        def after_generation(state: SearchState) -> None:
+            state.save(out_dir / "search.json")
+            search_log.generation(state)
+
+        hall = evolve(problem, toolbox, evaluations, population, guesses, state, after_generation)
+        best, of_finalists = tuple(hall[0]), {}
+        if finalists:
+            proxies = {tuple(one): one.fitness.values[0] for one in hall[:finalists]}
+            steps = final_steps or 4 * settings.steps
+            best, of_finalists = train_finalists(problem, proxies, settings, steps, final_seeds, workers)
+
+    report = {
+        "score": problem.score(best),
+        "optimum_score": optimum.score,
+        "random_score": random_search(problem, len(state.fitness), seed).score,
+        "random_blind_score": random_search(problem, len(state.fitness), seed, blind=True).score,
+        "fitness": fitness,
+        "best_fitness": hall[0].fitness.values[0],
+        "evaluations": len(state.fitness),
+        "lost_evaluations": sum(value is None for value in state.fitness.values()),
+        "memory": budget.memory,
+        "memory_bytes": problem.memory_bytes(best),
+        "budget_bytes": budget.size_bytes,
+        "mcu": budget.microcontroller and budget.microcontroller.name,
+        **of_finalists,
+        "seconds": time.monotonic() - started,
+    }
+    made_by = partial(provenance_of, "evolve_update_scheme", arguments, contributions, budget)
+    problem.scheme(best, made_by(report)).save(out_dir / "scheme.json")
+    of_optimum = {"rule": "proven optimum by the contribution table", "score": optimum.score}
+    problem.scheme(optimum.genome, made_by(of_optimum)).save(out_dir / "optimum.json")
+    write_json(out_dir / "report.json", report)
+    draw_search(state, problem, optimum, fitness, out_dir / "search.png")
+    search_log.finish(report)
+    print_report(report, problem.scheme(best), out_dir)
+    return report
+
+
+def search_all_mcus(
+    described: DescribedNetwork, table: ContributionTable, evaluations: int, population: int, seed: int,
+    out_dir: Path | None, arguments: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """A scheme for every microcontroller that the network fits, and for the others the resolution that would do."""
+    started = time.monotonic()
+    out_dir = open_run_folder(out_dir, "evolve_update_scheme", resume=False)
+    write_config(out_dir, arguments)
+    rows: list[dict[str, Any]] = []
+    with progress_bar() as progress:
+        for budget in progress.track(all_budgets(), description="microcontrollers"):
+            name = budget.microcontroller.name
+            rows.append({"mcu": name, "budget_bytes": budget.size_bytes})
+            try:
+                problem = make_problem(described, table, budget)
+            except UserError as error:
+                rows[-1]["too_small"] = str(error)
+                continue
+            random.seed(seed)
+            hall = evolve(problem, make_toolbox(problem), evaluations, population, [], SearchState(), lambda _: None)
+            best = tuple(hall[0])
+            found = {"score": problem.score(best), "optimum_score": proven_optimum(problem).score}
+            rows[-1] |= {**found, "memory_bytes": problem.memory_bytes(best)}
+            of_one = {**arguments, "all_mcus": None, "mcu": name, "finalists": 0}
+            made_by = provenance_of("evolve_update_scheme", of_one, Path(arguments["contributions"]), budget, found)
+            problem.scheme(best, made_by).save(out_dir / f"{described.name}_{name}.json")
+    report = {"mcus": rows, "seconds": time.monotonic() - started}
+    write_json(out_dir / "report.json", report)
+    draw_front(rows, described.name, out_dir / "front.png")
+    print_front(rows, out_dir)
+    return report
+
+
+if __name__ == "__main__":
+    run(main)

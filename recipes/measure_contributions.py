@@ -1,0 +1,342 @@
+"""Measures how much accuracy each bias depth and each layer's update buys: the table that a search goes by.
+
+    uv run recipes/measure_contributions.py --data cifar10 --data_dir data --weights KERAS_FILE.h5
+
+Every row is a few short fine-tunings (Lin et al. 2022, section 2.2). What lies before the base depth is frozen in all
+of them, so its output is computed once and kept. The same command goes on where it was stopped, and started twice with
+the same --out_dir, two processes share the work.
+"""
+
+import csv
+import io
+import logging
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+import wandb
+import yaml
+from filelock import FileLock, Timeout
+
+from microtune.datamodules.progress import progress_bar
+from microtune.modules.contributions import Contribution, ContributionTable
+from microtune.modules.operations import Convolution
+from microtune.modules.simple_schemes import is_expanding
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+from microtune.modules.whole_files import whole_file
+from microtune.recipes.command_line import check_at_least_one, flat, listed, run
+from microtune.recipes.networks import DescribedNetwork
+from microtune.recipes.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run, write_config
+from microtune.recipes.trial_setup import TrialSettings, described_by, trials
+
+log = logging.getLogger(__name__)
+
+# what may differ between processes that share the work, or after a stop
+MAY_CHANGE = {"out_dir", "logger", "side_by_side", "features", "features_limit_mib", "features_dir", "data_dir"}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one row of the table measures: a bias depth, or a layer's weight at a ratio over the base depth."""
+
+    kind: str
+    bias_depth: int
+    layer: str = ""
+    ratio: float = 0.0
+
+    def scheme(self, network: str) -> UpdateScheme:
+        """The update as a scheme."""
+        return UpdateScheme(network, self.bias_depth, {self.layer: self.ratio} if self.layer else {})
+
+    def __str__(self) -> str:
+        return f"{self.ratio:g} of {self.layer}" if self.layer else f"biases of the last {self.bias_depth}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One short fine-tuning: a row of ``trials.csv``."""
+
+    kind: str
+    bias_depth: int
+    layer: str
+    ratio: float
+    seed: int
+    val_top1: float
+
+    @property
+    def update(self) -> Update:
+        """What was trained."""
+        return Update(self.kind, self.bias_depth, self.layer, self.ratio)
+
+
+def main(
+    layers: str = "expanding",
+    ratios: str = "0.125,0.25,0.5,1",
+    bias_depths: str | None = None,
+    seeds: int = 3,
+    side_by_side: int = 4,
+    logger: LoggerName = "wandb",
+    out_dir: Path | None = None,
+    **options: Any,
+) -> ContributionTable:
+    """Measures how much accuracy each bias depth and each layer's update buys: the table that a search goes by.
+
+    Args:
+        layers: Whose weights: expanding (1x1 convolutions with more outputs than inputs), all, or names separated by
+            commas; of those within the base depth.
+        ratios: Update ratios of the weights, separated by commas.
+        bias_depths: Bias depths, separated by commas; by default all down to the base depth.
+        seeds: Trials of each update, with other classifiers and orders of samples.
+        side_by_side: Updates that train in one pass over the data; it pays where features are not kept.
+        logger: wandb (offline unless you are logged in), csv or none.
+        out_dir: Folder of the table; by default a new one below runs/. Where the same measurement was begun, it goes
+            on, or helps the process that is at it.
+    """
+    started, arguments = time.monotonic(), plain(flat(locals()))
+    torch.set_num_threads(1)
+    check_at_least_one(seeds=seeds, side_by_side=side_by_side)
+    out_dir = out_dir or new_folder(Path("runs") / "measure_contributions")
+    settings = TrialSettings(**options)
+    described = described_by(settings)
+    updates = updates_to_measure(described, settings.base_depth, layers, numbers(ratios, float), bias_depths)
+    open_shared_folder(out_dir, arguments)
+    settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
+    trained = 0
+    total = len(updates) * seeds
+    with progress_bar() as progress:
+        bar = progress.add_task("trials", total=total)
+        for _ in measure(updates, settings, described, seeds, side_by_side, out_dir):
+            trained, known = trained + 1, len(read_trials(out_dir))
+            progress.update(bar, completed=known)
+            if progress.disable and trained % (5 * side_by_side) == 0:
+                left = (time.monotonic() - started) / trained * (total - known)
+                log.info("%d of %d trials, %.0f s left at this pace", known, total, left)
+    table = ContributionTable.load(out_dir / "contributions.csv")
+    draw_contributions(table, described.operations.convolutions, out_dir / "contributions.png")
+    log_to_wandb(logger, table, out_dir, arguments)
+    seconds = time.monotonic() - started
+    print(f"{len(table.rows)} contributions from {total} trials, {trained} of them made here, in {seconds:.0f} s")
+    print(f"table: {out_dir / 'contributions.csv'}, picture: {out_dir / 'contributions.png'}")
+    print("next: recipes/evolve_update_scheme.py --contributions with that table")
+    return table
+
+
+def numbers(text: str, kind: type) -> list[Any]:
+    """The numbers of a list such as ``0.25,0.5``.
+
+    Example::
+
+        numbers("1,2", int)  # [1, 2]
+    """
+    try:
+        return [kind(part) for part in listed(text)]
+    except ValueError as error:
+        raise UserError(f"{text!r} is no list of numbers: separate them by commas, as in 0.25,0.5") from error
+
+
+def updates_to_measure(
+    described: DescribedNetwork, base_depth: int, layers: str, ratios: Sequence[float], bias_depths: str | None
+) -> list[Update]:
+    """What to measure, the references of all gains first: the classifier alone, and the biases of the base depth."""
+    convolutions = described.operations.convolutions
+    if not 1 <= base_depth <= len(convolutions):
+        raise UserError(f"base_depth is {base_depth}: give 1 to {len(convolutions)}, the network's convolutions")
+    depths = range(1, base_depth) if bias_depths is None else numbers(bias_depths, int)
+    for depth in depths:
+        if not 0 <= depth <= base_depth:
+            raise UserError(f"bias depth {depth} is out of its range: give 1 to the base depth, {base_depth}")
+    updates = [Update("bias", depth) for depth in dict.fromkeys((0, base_depth, *depths))]
+    for layer in chosen_layers(convolutions, base_depth, layers):
+        for ratio in sorted(set(ratios)):
+            updates.append(Update("weight", base_depth, layer.name, ratio))
+            updates[-1].scheme(described.name).check(convolutions)
+    return updates
+
+
+def chosen_layers(convolutions: Sequence[Convolution], base_depth: int, layers: str) -> list[Convolution]:
+    """The layers within the base depth that ``--layers`` names, in forward order."""
+    within = convolutions[len(convolutions) - base_depth :]
+    if layers in ("expanding", "all"):
+        return [layer for layer in within if layers == "all" or is_expanding(layer)]
+    names = listed(layers)
+    for name in names:
+        if name not in [layer.name for layer in within]:
+            raise UserError(f"{name} is no convolution within base depth {base_depth}: the first is {within[0].name}")
+    return [layer for layer in within if layer.name in names]
+
+
+def open_shared_folder(out_dir: Path, arguments: dict[str, Any]) -> None:
+    """Makes the folder, or checks that the measurement in it is this one."""
+    try:
+        (out_dir / ".claims").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
+    with FileLock(out_dir / ".claims" / "folder.lock"):
+        config = out_dir / "config.yaml"
+        if not config.exists():
+            strangers = [path.name for path in out_dir.iterdir() if path.name != ".claims"]
+            if strangers:
+                raise UserError(f"{out_dir} holds {strangers[0]}, but no measurement: give another --out_dir")
+            write_config(out_dir, arguments)
+            return
+        begun = yaml.safe_load(config.read_text(encoding="utf-8"))
+        for name, value in arguments.items():
+            if name not in MAY_CHANGE and begun.get(name) != value:
+                raise UserError(
+                    f"the measurement in {out_dir} was begun with {name} {begun.get(name)}, not {value}: "
+                    f"go on with --config {config}, or give another --out_dir"
+                )
+
+
+def measure(
+    updates: Sequence[Update],
+    settings: TrialSettings,
+    described: DescribedNetwork,
+    seeds: int,
+    side_by_side: int,
+    out_dir: Path,
+) -> Iterator[Trial]:
+    """Trains what no other process has trained or is training; yields every trial once it is written."""
+    starts = range(2, len(updates), side_by_side)
+    groups = [tuple(updates[:2]), *(tuple(updates[start : start + side_by_side]) for start in starts)]
+    first = True
+    while missing := [group for group in groups if missing_seeds(group, read_trials(out_dir), seeds)]:
+        claimed = False
+        for group in missing:
+            # the references are in every gain: wait for whoever is at them
+            with claim(out_dir, groups.index(group), wait=first) as is_mine:
+                first = False
+                for seed in missing_seeds(group, read_trials(out_dir), seeds) if is_mine else ():
+                    claimed = True
+                    schemes = [update.scheme(described.name) for update in group]
+                    top1 = trials(settings).accuracies(schemes, seed)
+                    made = [Trial(*astuple(update), seed, value) for update, value in zip(group, top1, strict=True)]
+                    write_trials(out_dir, made, updates, seeds)
+                    yield from made
+        if not claimed:
+            time.sleep(1)  # others are at all that is left
+
+
+def missing_seeds(group: Iterable[Update], known: Sequence[Trial], seeds: int) -> list[int]:
+    """The seeds with which some update of the group was not yet trained."""
+    done = {(trial.update, trial.seed) for trial in known}
+    return [seed for seed in range(seeds) if any((update, seed) not in done for update in group)]
+
+
+@contextmanager
+def claim(out_dir: Path, group: int, wait: bool) -> Iterator[bool]:
+    """Whether this process may train the group; the system lets go of the claim if the process dies."""
+    lock = FileLock(out_dir / ".claims" / f"{group}.lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def read_trials(out_dir: Path) -> list[Trial]:
+    """The trials made so far, by all processes."""
+    path = out_dir / "trials.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            Trial(row["kind"], int(row["bias_depth"]), row["layer"], float(row["ratio"]), int(row["seed"]),
+                  float(row["val_top1"]))
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def write_trials(out_dir: Path, made: Sequence[Trial], updates: Sequence[Update], seeds: int) -> None:
+    """Adds trials to ``trials.csv``, and writes the rows of ``contributions.csv`` that are complete by now."""
+    with FileLock(out_dir / ".claims" / "trials.lock"):
+        known = list(dict.fromkeys([*read_trials(out_dir), *made]))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(Trial.__dataclass_fields__)
+        writer.writerows(astuple(trial) for trial in known)
+        with whole_file(out_dir / "trials.csv") as partial:
+            partial.write_text(text.getvalue(), encoding="utf-8")
+        rows = contributions_of(known, updates, seeds)
+        if rows:
+            ContributionTable(tuple(rows)).save(out_dir / "contributions.csv")
+
+
+def contributions_of(known: Sequence[Trial], updates: Sequence[Update], seeds: int) -> list[Contribution]:
+    """The gains of all updates that were trained with every seed; the references of a seed are trained first."""
+    top1 = {(trial.update, trial.seed): trial.val_top1 for trial in known}
+    classifier, base = updates[:2]
+    rows = []
+    for update in updates[1:]:
+        reference = base if update.layer else classifier
+        pairs = [(top1.get((update, seed)), top1.get((reference, seed))) for seed in range(seeds)]
+        if any(value is None for pair in pairs for value in pair):
+            continue
+        gains = [value - before for value, before in pairs]
+        std = statistics.stdev(gains) if seeds > 1 else 0.0
+        rows.append(Contribution(*astuple(update), gain=statistics.mean(gains), gain_std=std, runs=seeds))
+    return rows
+
+
+def draw_contributions(table: ContributionTable, convolutions: Sequence[Convolution], path: Path) -> None:
+    """Draws the gains over bias depth, and per layer and ratio, with their standard errors, as a PNG."""
+    matplotlib.use("Agg")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(13, 4.5), layout="constrained", gridspec_kw={"width_ratios": [1, 1.6]}
+    )
+    bias = sorted((row for row in table.rows if row.kind == "bias"), key=lambda row: row.bias_depth)
+    left.errorbar(
+        [row.bias_depth for row in bias], [row.gain * 100 for row in bias],
+        [row.standard_error * 100 for row in bias], fmt="o-", markersize=3, linewidth=1, capsize=2,
+    )  # fmt: skip
+    left.set(xlabel="bias depth", ylabel="gain over the classifier only, points", title="biases of the last layers")
+    weights = [row for row in table.rows if row.kind == "weight"]
+    names = [layer.name for layer in convolutions if layer.name in {row.layer for row in weights}]
+    ratios = sorted({row.ratio for row in weights})
+    for index, ratio in enumerate(ratios):
+        rows = [row for row in weights if row.ratio == ratio]
+        places = [names.index(row.layer) + (index - (len(ratios) - 1) / 2) * 0.8 / len(ratios) for row in rows]
+        color = plt.get_cmap("viridis")(0.9 - 0.8 * index / max(1, len(ratios) - 1))
+        right.bar(
+            places, [row.gain * 100 for row in rows], 0.8 / len(ratios), color=color, label=f"{ratio:g}",
+            yerr=[row.standard_error * 100 for row in rows], error_kw={"linewidth": 0.7},
+        )  # fmt: skip
+    right.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    right.set(ylabel=f"gain over the last {table.base_depth} biases, points", title="weights, by update ratio")
+    if weights:
+        right.legend(title="ratio", fontsize=8)
+    for axes in (left, right):
+        axes.axhline(0, color="black", linewidth=0.6)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+    plt.close(figure)
+
+
+def log_to_wandb(logger: LoggerName, table: ContributionTable, out_dir: Path, arguments: dict[str, Any]) -> None:
+    """Logs the table and the picture as one run."""
+    if logger != "wandb":
+        return
+    experiment = wandb_run(make_loggers(logger, out_dir, "measure_contributions"))
+    if experiment is not None:
+        experiment.config.update({"arguments": arguments})
+        columns = list(Contribution.__dataclass_fields__)
+        rows = [list(astuple(row)) for row in table.rows]
+        picture = wandb.Image(str(out_dir / "contributions.png"))
+        experiment.log({"contributions": wandb.Table(columns, rows), "gains": picture})
+        wandb.finish()
+
+
+if __name__ == "__main__":
+    run(main)

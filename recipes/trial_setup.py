@@ -1,0 +1,156 @@
+"""Trials by plain settings, which travel to other processes and machines, where each builds its own."""
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtune.datamodules.kept_features import MIB, KeepName, Split, TrunkFeatures
+from microtune.modules.classifier import Classifier
+from microtune.modules.frozen_trunk import cut_network
+from microtune.modules.mobilenet_v2 import build_network, padding_of_weights, width_of_weights
+from microtune.modules.scheme_search import Genome, SearchProblem
+from microtune.modules.trial_training import TrialTraining
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+from microtune.recipes.data_sets import DataName, data_module
+from microtune.recipes.networks import DescribedNetwork, describe_network
+from microtune.recipes.training import load_pretrained
+from microtune.recipes.workers import Workers
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What decides the outcome of a trial, as plain values.
+
+    Args:
+        data: Name of the data set.
+        data_dir: Its folder.
+        data_options: Further arguments of the data module.
+        weights: To start from.
+        width: Multiplier of the network's channels; by default that of the weights, and 0.35 without.
+        head_convolution: Whether the network has its last 1x1 convolution.
+        resolution: Height and width of images, in pixels.
+        base_depth: The deepest bias depth; all before is frozen, and computed once.
+        steps: Optimizer steps of a trial.
+        batch_size: Samples of a step.
+        learning_rate: At its highest; by default 0.1 / 256 x batch_size (Lin et al.).
+        copies: How many augmentations of every training sample there are at most.
+        features: Where the trunk's output is kept: memory, disk or none.
+        features_limit_mib: What may be kept.
+        features_dir: Folder of what is kept on disk.
+
+    Example::
+
+        trials(TrialSettings("digits", None, {}, "none", base_depth=12)).accuracies([scheme], seed=0)
+    """
+
+    data: DataName | None = None
+    data_dir: str | None = None
+    data_options: dict[str, Any] = field(default_factory=dict)
+    weights: str = "none"
+    width: float | None = None
+    head_convolution: bool = False
+    resolution: int = 96
+    base_depth: int = 36
+    steps: int = 100
+    batch_size: int = 32
+    learning_rate: float | None = None
+    copies: int = 4
+    features: KeepName = "memory"
+    features_limit_mib: float = 4096
+    features_dir: str | None = None
+
+
+def described_by(settings: TrialSettings) -> DescribedNetwork:
+    """The network that the settings train, without its weights."""
+    return _network_and_data(_Hashable(settings))[0]
+
+
+def trials(settings: TrialSettings) -> TrialTraining:
+    """The trials of these settings; a process builds them once."""
+    return _trials(_Hashable(settings))
+
+
+def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, ...], split: Split = "val") -> float:
+    """Mean accuracy of one scheme over seeds, on the validation split: what a worker is asked for.
+
+    Example::
+
+        accuracy(settings, scheme.to_dict(), seeds=(0, 1))
+    """
+    # two busy jobs with two threads each slow one another several times (spinning OpenMP threads)
+    torch.set_num_threads(1)
+    training = trials(settings)
+    return sum(training.accuracies([UpdateScheme.from_dict(scheme)], seed, split)[0] for seed in seeds) / len(seeds)
+
+
+def accuracies(
+    workers: Workers, settings: TrialSettings, problem: SearchProblem, seeds: tuple[int, ...], genomes: Sequence[Genome]
+) -> list[float | None]:
+    """Mean validation accuracy of each genome's scheme over seeds, by the workers; None where a worker was lost."""
+    schemes = [problem.scheme(genome).to_dict() for genome in genomes]
+    return workers.map(accuracy, [settings] * len(schemes), schemes, [seeds] * len(schemes))
+
+
+class _Hashable:
+    """Settings as a key of a cache, although they hold a dictionary."""
+
+    def __init__(self, settings: TrialSettings):
+        self.settings = settings
+        self.key = repr(sorted(asdict(settings).items()))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=2)
+def _network_and_data(hashable: _Hashable):
+    settings = hashable.settings
+    if settings.data is None:
+        raise UserError("trials need data: give --data")
+    data = data_module(
+        settings.data, settings.data_dir, settings.weights, settings.resolution, settings.batch_size, 0,
+        settings.data_options,
+    )  # fmt: skip
+    width = settings.width or width_of_weights(settings.weights) or 0.35
+    padding = padding_of_weights(settings.weights)
+    described = describe_network(width, data.input_shape, data.num_classes, settings.head_convolution, padding)
+    return described, data
+
+
+@functools.lru_cache(maxsize=2)
+def _trials(hashable: _Hashable) -> TrialTraining:
+    settings = hashable.settings
+    described, data = _network_and_data(hashable)
+    module = Classifier(described.arguments, class_names=data.class_names, input_shape=list(described.input_shape))
+    load_pretrained(module, settings.weights, described.input_shape, whole=False)
+    trunk, rest = cut_network(module.net, described.operations, settings.base_depth)
+    steps_per_epoch = math.ceil(data.train_samples / settings.batch_size)
+    features = TrunkFeatures(
+        trunk,
+        data,
+        copies=min(settings.copies, math.ceil(settings.steps / steps_per_epoch)),
+        keep=settings.features,
+        limit_bytes=settings.features_limit_mib * MIB,
+        folder=None if settings.features_dir is None else Path(settings.features_dir),
+    )
+
+    @functools.cache
+    def fresh_classifier(seed: int) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build_network(**described.arguments)
+        return copy.deepcopy(network.classifier.state_dict())
+
+    rate = settings.learning_rate or 0.1 / 256 * settings.batch_size
+    return TrialTraining(rest, features, fresh_classifier, settings.steps, settings.batch_size, rate)
