@@ -99,14 +99,14 @@ class TrunkFeatures:
         if split not in self._kept:
             return self._computed(split, parts)
         features, labels = self._kept[split]
-        return ((_channels_first(features[0, part[0] : part[-1] + 1]), labels[part]) for part in parts)
+        return ((_channels_first(np.array(features[0, part])), labels[part]) for part in parts)
 
     def _refuse_too_much(self, limit_bytes: float) -> None:
         if self.size_bytes > limit_bytes:
             raise UserError(
                 f"the features of {self.copies} x {self.samples['train']:,} training and {self.samples['val']:,} "
-                f"validation samples take {self.size_bytes / MIB:,.0f} MiB, more than the limit of "
-                f"{limit_bytes / MIB:,.0f} MiB: raise --features_limit_mib, keep fewer --copies, keep them with "
+                f"validation samples take {self.size_bytes / MIB:,.1f} MiB, more than the limit of "
+                f"{limit_bytes / MIB:,.1f} MiB: raise --features_limit_mib, keep fewer --copies, keep them with "
                 "--features disk, or give --features none to compute them in every pass"
             )
 
@@ -126,9 +126,18 @@ class TrunkFeatures:
                     np.save(partial / "labels.npy", self._fill(split, features).numpy())
                     features.flush()
         features = np.load(kept / "features.npy", mmap_mode="r", allow_pickle=False)
-        if features.shape != self._array_shape(split):
+        if not self._are_ours(split, features):
             raise UserError(f"{kept} holds features of another network or data set: remove {folder}")
         return features, torch.from_numpy(np.load(kept / "labels.npy", allow_pickle=False))
+
+    def _are_ours(self, split: Split, features: NDArray[np.float32]) -> bool:
+        """Whether kept features have the right shape, and the first of them come out once more."""
+        if features.shape != self._array_shape(split):
+            return False
+        first = _shared_out(range(self.samples[split]))[0]
+        keys = [(0, index) for index in first] if split == "train" else first
+        computed, _ = next(iter(self._computed(split, [keys])))
+        return np.allclose(features[0, : len(first)], computed.permute(0, 2, 3, 1), atol=1e-4)
 
     def _array_shape(self, split: Split) -> tuple[int, ...]:
         channels, height, width = self.shape
@@ -200,4 +209,4 @@ def _shared_out(indexes: range) -> list[list[int]]:
 
 def _channels_first(features: NDArray[np.float32]) -> Tensor:
     """(N, H, W, C) in memory, as a tensor of shape (N, C, H, W): that is ``channels_last`` without a copy."""
-    return torch.from_numpy(np.ascontiguousarray(features)).permute(0, 3, 1, 2)
+    return torch.from_numpy(features).permute(0, 3, 1, 2)

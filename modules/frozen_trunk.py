@@ -42,7 +42,8 @@ def cut_network(network: nn.Module, operations: NetworkOperations, bias_depth: i
         first = int(convolutions[len(convolutions) - bias_depth].name.split(".")[1])
     rest = copy.deepcopy(network)
     rest.features = rest.features[first:]  # a slice of a Sequential keeps the names of its parts
-    return copy.deepcopy(network.features[:first]).eval().requires_grad_(False), rest
+    trunk = copy.deepcopy(network.features[:first]).eval().requires_grad_(False)
+    return trunk.to(memory_format=torch.channels_last), rest
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Row:
-    """What came out of a training: a row of ``results.csv``."""
+    """What came out of a training: a row of ``results.csv``; the seconds are those since its last start."""
 
     scheme: str
     seed: int
@@ -191,6 +191,7 @@ def main(
     epochs: int = 10,
     batch_size: int = 32,
     learning_rate: float | None = None,
+    learning_rates: str | None = None,
     seeds: int = 3,
     batch_1: bool = False,
     contributions: Path | None = None,
@@ -221,6 +222,8 @@ def main(
         epochs: Passes over the training split.
         batch_size: Samples per step.
         learning_rate: At its highest; by default 0.1 / 256 x batch_size (Lin et al.).
+        learning_rates: Other ones for some of the schemes, which rarely all learn best at the same, such as
+            biases=0.05,last_layers=0.025.
         seeds: Trainings of each scheme.
         batch_1: Train the first scheme also with batch size 1, as a microcontroller does, and the learning rate
             divided by batch_size.
@@ -252,16 +255,17 @@ def main(
         )
     )
     judge = Judge(described, budget)
+    base_rate = 0.1 / 256 * batch_size if learning_rate is None else learning_rate
+    rates = dict.fromkeys([*files, *rule_names], base_rate) | own_rates(learning_rates, [*files, *rule_names])
     compared = schemes_to_compare(files, rule_names, judge, contributions, seeds)
     out_dir = out_dir or new_folder(Path("runs") / "compare_schemes")
-    rate = 0.1 / 256 * batch_size if learning_rate is None else learning_rate
     train_arguments = {
         "weights": weights, "epochs": epochs, "width": width, "head_convolution": head_convolution, "mcu": mcu,
         "sram_bytes": sram_bytes, "flash_bytes": flash_bytes, "reserve_bytes": reserve_bytes,
     }  # fmt: skip
     with opened_folder(out_dir, arguments):
         scheme_files = keep_schemes(compared, out_dir)
-        trainings = trainings_of(scheme_files, batch_size, rate, batch_1, out_dir)
+        trainings = trainings_of(scheme_files, batch_size, rates, batch_1, out_dir)
         if weights == "none":
             log.warning("schemes update little of a network that has learnt nothing: give --weights")
         with watched(trainings, judge, out_dir), Workers(processes) as workers:
@@ -287,6 +291,27 @@ def main(
         log_to_wandb(logger, rows, report, out_dir, arguments)
     print_report(report, out_dir)
     return report
+
+
+def own_rates(learning_rates: str | None, names: Sequence[str]) -> dict[str, float]:
+    """The learning rates of ``name=rate`` pairs that commas separate.
+
+    Example::
+
+        own_rates("biases=0.05", ["evolved", "biases"])  # {"biases": 0.05}
+    """
+    rates = {}
+    for pair in listed(learning_rates) or []:
+        name, _, text = pair.partition("=")
+        if name not in names:
+            raise UserError(f"learning_rates names {name!r}, which is not compared: give one of {', '.join(names)}")
+        try:
+            rates[name] = float(text)
+        except ValueError:
+            rates[name] = math.nan
+        if not 0 < rates[name] < math.inf:
+            raise UserError(f"learning_rates has {pair!r}: give name=rate with a positive number, as in {name}=0.05")
+    return rates
 
 
 def named_files(schemes: str) -> dict[str, str]:
@@ -414,7 +439,7 @@ def keep_schemes(compared: dict[str, Sequence[UpdateScheme]], out_dir: Path) -> 
 
 
 def trainings_of(
-    files: dict[str, list[Path]], batch_size: int, learning_rate: float, batch_1: bool, out_dir: Path
+    files: dict[str, list[Path]], batch_size: int, rates: dict[str, float], batch_1: bool, out_dir: Path
 ) -> list[Training]:
     """All trainings, those of one seed after another, so that what is known early can be compared."""
     trainings = []
@@ -423,10 +448,10 @@ def trainings_of(
         for name, of_seeds in files.items():
             file = str(of_seeds[seed])
             folder = out_dir / "runs" / f"{name}-seed{seed}"
-            trainings.append(Training(name, seed, file, batch_size, learning_rate, str(folder)))
+            trainings.append(Training(name, seed, file, batch_size, rates[name], str(folder)))
             if batch_1 and name == first:
                 folder = out_dir / "runs" / f"{name},batch1-seed{seed}"  # no scheme's name has a comma
-                alone = Training(f"{name}, batch 1", seed, file, 1, learning_rate / batch_size, str(folder))
+                alone = Training(f"{name}, batch 1", seed, file, 1, rates[name] / batch_size, str(folder))
                 trainings.append(alone)
     return trainings
 

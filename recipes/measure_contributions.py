@@ -29,6 +29,7 @@ from microtune.datamodules.progress import progress_bar
 from microtune.modules.contributions import Contribution, ContributionTable
 from microtune.modules.operations import Convolution
 from microtune.modules.simple_schemes import is_expanding
+from microtune.modules.trial_training import TrialTraining
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_file
@@ -107,18 +108,20 @@ def main(
     settings = TrialSettings(**options)
     described = described_by(settings)
     updates = updates_to_measure(described, settings.base_depth, layers, numbers(ratios, float), bias_depths)
+    check_shared_folder(out_dir, arguments)
+    training = trials(replace(settings, features_dir=settings.features_dir or str(out_dir / "features")))
     open_shared_folder(out_dir, arguments)
-    settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
     trained = 0
     total = len(updates) * seeds
     with progress_bar() as progress:
         bar = progress.add_task("trials", total=total)
-        for _ in measure(updates, settings, described, seeds, side_by_side, out_dir):
+        for _ in measure(updates, training, described.name, seeds, side_by_side, out_dir):
             trained, known = trained + 1, len(read_trials(out_dir))
             progress.update(bar, completed=known)
             if progress.disable and trained % (5 * side_by_side) == 0:
                 left = (time.monotonic() - started) / trained * (total - known)
                 log.info("%d of %d trials, %.0f s left at this pace", known, total, left)
+    write_trials(out_dir, [], updates, seeds)  # a process may have been stopped between the two files
     table = ContributionTable.load(out_dir / "contributions.csv")
     draw_contributions(table, described.operations.convolutions, out_dir / "contributions.png")
     log_to_wandb(logger, table, out_dir, arguments)
@@ -173,33 +176,61 @@ def chosen_layers(convolutions: Sequence[Convolution], base_depth: int, layers: 
     return [layer for layer in within if layer.name in names]
 
 
+def check_shared_folder(out_dir: Path, arguments: dict[str, Any]) -> None:
+    """Raises ``UserError`` if the folder holds something else than this work, and makes nothing.
+
+    Args:
+        out_dir: Folder of work that several processes share, or that goes on after a stop.
+        arguments: Of the recipe.
+    """
+    config = out_dir / "config.yaml"
+    if config.exists():
+        begun = read_config(config)
+        for name, value in arguments.items():
+            if name not in MAY_CHANGE and name in begun and begun[name] != value:
+                raise UserError(
+                    f"the work in {out_dir} was begun with {name} {begun[name]}, not {value}: "
+                    f"go on with --config {config}, or give another --out_dir"
+                )
+        return
+    try:
+        strangers = [path.name for path in out_dir.iterdir() if path.name not in (".claims", "features")]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
+    if strangers:
+        raise UserError(f"{out_dir} holds {strangers[0]}, but no config.yaml of this recipe: give another --out_dir")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The arguments that the work in a folder was begun with."""
+    try:
+        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read, it was damaged: give another --out_dir") from error
+    if not isinstance(begun, dict):
+        raise UserError(f"{path} holds no arguments, it was damaged: give another --out_dir")
+    return begun
+
+
 def open_shared_folder(out_dir: Path, arguments: dict[str, Any]) -> None:
-    """Makes the folder, or checks that the measurement in it is this one."""
+    """Makes the folder and keeps the arguments in it; raises as ``check_shared_folder`` does."""
+    check_shared_folder(out_dir, arguments)
     try:
         (out_dir / ".claims").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
     with FileLock(out_dir / ".claims" / "folder.lock"):
-        config = out_dir / "config.yaml"
-        if not config.exists():
-            strangers = [path.name for path in out_dir.iterdir() if path.name != ".claims"]
-            if strangers:
-                raise UserError(f"{out_dir} holds {strangers[0]}, but no measurement: give another --out_dir")
+        check_shared_folder(out_dir, arguments)
+        if not (out_dir / "config.yaml").exists():
             write_config(out_dir, arguments)
-            return
-        begun = yaml.safe_load(config.read_text(encoding="utf-8"))
-        for name, value in arguments.items():
-            if name not in MAY_CHANGE and begun.get(name) != value:
-                raise UserError(
-                    f"the measurement in {out_dir} was begun with {name} {begun.get(name)}, not {value}: "
-                    f"go on with --config {config}, or give another --out_dir"
-                )
 
 
 def measure(
     updates: Sequence[Update],
-    settings: TrialSettings,
-    described: DescribedNetwork,
+    training: TrialTraining,
+    network: str,
     seeds: int,
     side_by_side: int,
     out_dir: Path,
@@ -207,17 +238,14 @@ def measure(
     """Trains what no other process has trained or is training; yields every trial once it is written."""
     starts = range(2, len(updates), side_by_side)
     groups = [tuple(updates[:2]), *(tuple(updates[start : start + side_by_side]) for start in starts)]
-    first = True
     while missing := [group for group in groups if missing_seeds(group, read_trials(out_dir), seeds)]:
         claimed = False
         for group in missing:
             # the references are in every gain: wait for whoever is at them
-            with claim(out_dir, groups.index(group), wait=first) as is_mine:
-                first = False
+            with claim(out_dir, groups.index(group), wait=group is groups[0]) as is_mine:
                 for seed in missing_seeds(group, read_trials(out_dir), seeds) if is_mine else ():
                     claimed = True
-                    schemes = [update.scheme(described.name) for update in group]
-                    top1 = trials(settings).accuracies(schemes, seed)
+                    top1 = training.accuracies([update.scheme(network) for update in group], seed)
                     made = [Trial(*astuple(update), seed, value) for update, value in zip(group, top1, strict=True)]
                     write_trials(out_dir, made, updates, seeds)
                     yield from made
@@ -251,12 +279,21 @@ def read_trials(out_dir: Path) -> list[Trial]:
     path = out_dir / "trials.csv"
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Trial(row["kind"], int(row["bias_depth"]), row["layer"], float(row["ratio"]), int(row["seed"]),
-                  float(row["val_top1"]))
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [
+                Trial(
+                    kind=row["kind"],
+                    bias_depth=int(row["bias_depth"]),
+                    layer=row["layer"],
+                    ratio=float(row["ratio"]),
+                    seed=int(row["seed"]),
+                    val_top1=float(row["val_top1"]),
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read, it was damaged: remove it to measure anew") from error
 
 
 def write_trials(out_dir: Path, made: Sequence[Trial], updates: Sequence[Update], seeds: int) -> None:

@@ -1,17 +1,19 @@
 """Trials by plain settings, which travel to other processes and machines, where each builds its own."""
 
-import copy
 import functools
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from microtune.datamodules.kept_features import MIB, KeepName, Split, TrunkFeatures
+from microtune.datamodules.reproducible_order import seeded_torch
 from microtune.modules.classifier import Classifier
 from microtune.modules.frozen_trunk import cut_network
 from microtune.modules.mobilenet_v2 import build_network, padding_of_weights, width_of_weights
@@ -19,6 +21,7 @@ from microtune.modules.scheme_search import Genome, SearchProblem
 from microtune.modules.trial_training import TrialTraining
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.recipes.command_line import check_at_least_one
 from microtune.recipes.data_sets import DataName, data_module
 from microtune.recipes.networks import DescribedNetwork, describe_network
 from microtune.recipes.training import load_pretrained
@@ -44,7 +47,10 @@ class TrialSettings:
         copies: How many augmentations of every training sample there are at most.
         features: Where the trunk's output is kept: memory, disk or none.
         features_limit_mib: What may be kept.
-        features_dir: Folder of what is kept on disk.
+        features_dir: Folder of what is kept on disk; by default in the run's folder.
+
+    Raises:
+        UserError: A number is out of its range.
 
     Example::
 
@@ -67,15 +73,25 @@ class TrialSettings:
     features_limit_mib: float = 4096
     features_dir: str | None = None
 
+    def __post_init__(self):
+        check_at_least_one(
+            base_depth=self.base_depth, steps=self.steps, batch_size=self.batch_size, copies=self.copies,
+            resolution=self.resolution,
+        )  # fmt: skip
+        for name in ("width", "learning_rate", "features_limit_mib"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} is {value}: give a positive number")
+
 
 def described_by(settings: TrialSettings) -> DescribedNetwork:
     """The network that the settings train, without its weights."""
-    return _network_and_data(_Hashable(settings))[0]
+    return _network_and_data(_key(settings, OF_THE_DATA))[0]
 
 
 def trials(settings: TrialSettings) -> TrialTraining:
     """The trials of these settings; a process builds them once."""
-    return _trials(_Hashable(settings))
+    return _trials(_key(settings, TrialSettings.__dataclass_fields__))
 
 
 def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, ...], split: Split = "val") -> float:
@@ -99,23 +115,18 @@ def accuracies(
     return workers.map(accuracy, [settings] * len(schemes), schemes, [seeds] * len(schemes))
 
 
-class _Hashable:
+# what of the settings the network and the data depend on
+OF_THE_DATA = ("data", "data_dir", "data_options", "weights", "width", "head_convolution", "resolution", "batch_size")
+
+
+def _key(settings: TrialSettings, names: Iterable[str]) -> str:
     """Settings as a key of a cache, although they hold a dictionary."""
-
-    def __init__(self, settings: TrialSettings):
-        self.settings = settings
-        self.key = repr(sorted(asdict(settings).items()))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and self.key == other.key
+    return json.dumps({name: getattr(settings, name) for name in names}, default=str, sort_keys=True)
 
 
 @functools.lru_cache(maxsize=2)
-def _network_and_data(hashable: _Hashable):
-    settings = hashable.settings
+def _network_and_data(key: str) -> tuple[DescribedNetwork, LightningDataModule]:
+    settings = TrialSettings(**json.loads(key))
     if settings.data is None:
         raise UserError("trials need data: give --data")
     data = data_module(
@@ -124,22 +135,23 @@ def _network_and_data(hashable: _Hashable):
     )  # fmt: skip
     width = settings.width or width_of_weights(settings.weights) or 0.35
     padding = padding_of_weights(settings.weights)
-    described = describe_network(width, data.input_shape, data.num_classes, settings.head_convolution, padding)
+    with seeded_torch(0, 0, 0):
+        described = describe_network(width, data.input_shape, data.num_classes, settings.head_convolution, padding)
     return described, data
 
 
 @functools.lru_cache(maxsize=2)
-def _trials(hashable: _Hashable) -> TrialTraining:
-    settings = hashable.settings
-    described, data = _network_and_data(hashable)
-    module = Classifier(described.arguments, class_names=data.class_names, input_shape=list(described.input_shape))
-    load_pretrained(module, settings.weights, described.input_shape, whole=False)
+def _trials(key: str) -> TrialTraining:
+    settings = TrialSettings(**json.loads(key))
+    described, data = _network_and_data(_key(settings, OF_THE_DATA))
+    with seeded_torch(0, 0, 0):  # the same network in every process, even without weights
+        module = Classifier(described.arguments, class_names=data.class_names, input_shape=list(described.input_shape))
+        load_pretrained(module, settings.weights, described.input_shape, whole=False)
     trunk, rest = cut_network(module.net, described.operations, settings.base_depth)
-    steps_per_epoch = math.ceil(data.train_samples / settings.batch_size)
     features = TrunkFeatures(
         trunk,
         data,
-        copies=min(settings.copies, math.ceil(settings.steps / steps_per_epoch)),
+        copies=min(settings.copies, math.ceil(settings.steps / len(data.train_dataloader()))),
         keep=settings.features,
         limit_bytes=settings.features_limit_mib * MIB,
         folder=None if settings.features_dir is None else Path(settings.features_dir),
@@ -148,9 +160,8 @@ def _trials(hashable: _Hashable) -> TrialTraining:
     @functools.cache
     def fresh_classifier(seed: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = build_network(**described.arguments)
-        return copy.deepcopy(network.classifier.state_dict())
+            torch.manual_seed(seed)  # as ``train`` begins
+            return build_network(**described.arguments).classifier.state_dict()
 
     rate = settings.learning_rate or 0.1 / 256 * settings.batch_size
     return TrialTraining(rest, features, fresh_classifier, settings.steps, settings.batch_size, rate)

@@ -173,13 +173,15 @@ def test_seed_gives_the_order_and_the_data_module_the_augmentation(keep, trunks,
     assert sets[0] == sets[1]
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("name", DATA)
-def test_validation_batches_hold_the_split_once_in_its_order(name, keep, trunks, data_of, tmp_path):
+def test_evaluation_batches_hold_the_split_once_in_its_order(name, keep, split, trunks, data_of, tmp_path):
     trunk, data = trunks[name], data_of(name, batch_size=1000)
     features = TrunkFeatures(trunk, data, copies=1, keep=keep, folder=tmp_path)
-    found, labels = concatenated(features.evaluation_batches())
-    ((samples, of_samples),) = (data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader())
+    found, labels = concatenated(features.evaluation_batches(split))
+    loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    ((samples, of_samples),) = (data.on_after_batch_transfer(batch, 0) for batch in loader)
     assert torch.equal(labels, of_samples)
     assert torch.equal(found, features_of(trunk, samples)) or len(labels) < 16
     torch.testing.assert_close(found, features_of(trunk, samples), rtol=1e-4, atol=1e-4)
@@ -246,7 +248,7 @@ def test_features_on_disk_are_computed_once(trunks, data_of, tmp_path):
     assert first.samples == 1 + 2 * 518 + 58  # one to see the shape
     other = TrunkFeatures(second, data_of("digits"), copies=2, keep="disk", folder=tmp_path / "deep/er")
     assert_same(other.training_batches(50, 0, 14), one.training_batches(50, 0, 14))
-    assert_same(other.evaluation_batches(), one.validation_batches())
+    assert_same(other.evaluation_batches(), one.evaluation_batches())
     assert second.samples == 1
     assert {path.name for path in (tmp_path / "deep/er").iterdir()} == {"train", "val", "train.lock", "val.lock"}
 

@@ -123,8 +123,8 @@ def by_a_trainer(network, scheme, tmp_path, epochs=2, learning_rate=0.05, warmup
     data = digits(seed)
     trainer.fit(module, data)
     assert trainer.global_step == epochs * STEPS_PER_EPOCH
-    (metrics,) = trainer.validate(module, data, verbose=False)
-    return module.net, metrics["val/top1"]
+    (val,), (test,) = trainer.validate(module, data, verbose=False), trainer.test(module, data, verbose=False)
+    return module.net, (val["val/top1"], test["test/top1"])
 
 
 def assert_same_rest(trial, whole):
@@ -140,9 +140,10 @@ def test_weights_are_those_of_a_trainer(kind, network, schemes, tmp_path):
     scheme = schemes[kind]
     training = training_of(network)
     (accuracy,) = training.accuracies([scheme], seed=0)
-    whole, val_top1 = by_a_trainer(network, scheme, tmp_path)
+    whole, (val_top1, test_top1) = by_a_trainer(network, scheme, tmp_path)
     assert_same_rest(training.trained[0].network, whole)
     assert accuracy == pytest.approx(val_top1, abs=1e-6)
+    assert training.accuracies([scheme], seed=0, split="test") == pytest.approx([test_top1], abs=1e-6)
     assert accuracy > 0.5
     moved = {
         name for name, value in training.trained[0].network.state_dict().items()

@@ -1,14 +1,18 @@
 """Small made-up data, and recipes called as from the command line."""
 
 import importlib
+import json
 import logging
 import os
 import pickle
+import random
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +21,20 @@ import soundfile
 import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
+from wandb.proto import wandb_internal_pb2
 
 from microtune.modules.classifier import Classifier
+from microtune.modules.contributions import Contribution, ContributionTable
 from microtune.modules.mobilenet_v2 import mobilenet_v2
 from microtune.modules.operations import find_operations
+from microtune.modules.simple_schemes import is_expanding
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.recipes.command_line import run
+from microtune.recipes.networks import describe_network
 
 ROOT = Path(__file__).parents[2]
 TRAINING_RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("train_*.py"))
+BLOCK_BYTES = 32768  # of a LevelDB log
 
 
 @dataclass
@@ -248,6 +257,23 @@ def scheme_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def small_table(tmp_path_factory) -> Path:
+    """Contributions of random gains: of MobileNetV2-0.35's last 18 biases and the expanding convolutions in them."""
+    rng = random.Random(0)
+    convolutions = describe_network(0.35, (3, 32, 32), 10, head_convolution=False).operations.convolutions[-18:]
+    rows = [Contribution("bias", depth, "", 0.0, rng.gauss(0.01, 0.01), 0.0, 1) for depth in range(1, 19)]
+    rows += [
+        Contribution("weight", 18, convolution.name, ratio, rng.gauss(0.01, 0.01), 0.0, 1)
+        for convolution in convolutions
+        if is_expanding(convolution)
+        for ratio in (0.125, 0.25, 0.5, 1.0)
+    ]
+    path = tmp_path_factory.mktemp("table") / "contributions.csv"
+    ContributionTable(tuple(rows)).save(path)
+    return path
+
+
 @pytest.fixture
 def interrupt(monkeypatch) -> Callable[..., None]:
     """Lets the next run fail in the second step of the given epoch."""
@@ -278,3 +304,45 @@ def evaluated() -> Callable[[Classifier, LightningDataModule], tuple[float, floa
         return (logits.argmax(1) == labels).float().mean().item(), module.loss(logits, labels).item()
 
     return measure
+
+
+def read_records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """The records of a run-*.wandb file, which is a LevelDB log with a header of seven bytes."""
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    position, record = 7, b""
+    while position + 7 <= len(content):
+        left_in_block = BLOCK_BYTES - position % BLOCK_BYTES
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        size, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        record += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(record)
+            yield message
+            record = b""
+
+
+@pytest.fixture(scope="session")
+def offline_run() -> Callable[[Path], SimpleNamespace]:
+    """Reads the offline run of Weights & Biases in a recipe's folder back from its file."""
+
+    def items(record_items):
+        """Nested keys, joined by slashes, and values."""
+        return {"/".join([one.key] if one.key else one.nested_key): json.loads(one.value_json) for one in record_items}
+
+    def read(out_dir):
+        (file,) = out_dir.glob("wandb/offline-run-*/run-*.wandb")
+        records = list(read_records(file))
+        return SimpleNamespace(
+            files=file.parent / "files",
+            config={k: v for r in records if r.HasField("config") for k, v in items(r.config.update).items()},
+            history=[items(r.history.item) for r in records if r.HasField("history")],
+            summary={k: v for r in records if r.HasField("summary") for k, v in items(r.summary.update).items()},
+            artifacts=[r.artifact for r in records if r.HasField("artifact")],
+        )
+
+    return read

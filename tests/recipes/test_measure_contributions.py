@@ -77,11 +77,16 @@ def words(weights):
     )
 
 
-@pytest.fixture(autouse=True)
-def built_anew(whole, monkeypatch):
-    """A recipe is a process of its own, which has built no trials yet; and one picture for all tests is enough."""
+@pytest.fixture
+def built_anew():
+    """A recipe is a process of its own, which has built no trials yet."""
     trial_setup._trials.cache_clear()
     trial_setup._network_and_data.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def one_picture(whole, monkeypatch):
+    """That of the first measurement is enough."""
     monkeypatch.setattr("microtune.recipes.measure_contributions.draw_contributions", lambda *_: None)
 
 
@@ -114,7 +119,7 @@ def killed(children):
 
 
 @pytest.fixture
-def measure(command, words):
+def measure(command, words, built_anew):
     """Calls the recipe; returns what it printed."""
 
     def call(out_dir, *more):
@@ -265,7 +270,15 @@ def test_table_does_not_depend_on_how_the_work_is_done(changes, whole, measure, 
     assert (tmp_path / "out/features").exists() == ("disk" in changes)
 
 
-def test_saved_configuration_reproduces_it(whole, finished, command, tmp_path):
+def test_data_is_set_up_once(measure, monkeypatch, tmp_path):
+    """Decoding thousands of clips takes long."""
+    made, original = [], trial_setup.data_module
+    monkeypatch.setattr(trial_setup, "data_module", lambda *arguments: made.append(1) or original(*arguments))
+    measure(tmp_path / "out")
+    assert len(made) == 1
+
+
+def test_saved_configuration_reproduces_it(built_anew, whole, finished, command, tmp_path):
     ended = command(RECIPE, "--config", finished / "config.yaml", "--out_dir", tmp_path / "again")
     assert ended.status == 0, ended.errors
     assert table_of(tmp_path / "again") == table_of(whole)
@@ -493,7 +506,7 @@ MISTAKES = {
     "bias depth a fraction": (("--bias_depths", "1.5"), r"'1\.5' is no list of numbers: separate them by commas"),
     "bias depth beyond": (("--bias_depths", "3,7"), "bias depth 7 is out of its range: give 1 to the base depth, 6"),
     "bias depth negative": (("--bias_depths", "-1"), "bias depth -1 is out of its range: give 1 to the base depth, 6"),
-    "base depth 0": (("--base_depth", 0), "base_depth is 0: give 1 to 51, the network's convolutions"),
+    "base depth 0": (("--base_depth", 0), "base_depth is 0: give 1 or more"),
     "base depth 99": (("--base_depth", 99), "base_depth is 99: give 1 to 51, the network's convolutions"),
     "unknown data": (("--data", "mnist"), "data is .*mnist.*: give one of .*digits"),
     "unknown data option": (("--data_options", '{"colour": 1}'), "digits has no option 'colour': give one of "),

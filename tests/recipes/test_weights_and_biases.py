@@ -2,46 +2,17 @@
 
 import hashlib
 import json
-import struct
 from base64 import b64encode
 from types import SimpleNamespace
 
 import pytest
 import wandb
-from wandb.proto import wandb_internal_pb2
 
 from microtune.modules.update_scheme import UpdateScheme
 
-BLOCK_BYTES = 32768
-
-
-def read_records(path):
-    """The records of a run-*.wandb file, which is a LevelDB log with a header of seven bytes."""
-    content = path.read_bytes()
-    assert content[:4] == b":W&B"
-    position, record = 7, b""
-    while position + 7 <= len(content):
-        left_in_block = BLOCK_BYTES - position % BLOCK_BYTES
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        size, kind = struct.unpack("<HB", content[position + 4 : position + 7])
-        record += content[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(record)
-            yield message
-            record = b""
-
-
-def items(record_items):
-    """Nested keys, joined by slashes, and values."""
-    return {"/".join([item.key] if item.key else item.nested_key): json.loads(item.value_json) for item in record_items}
-
 
 @pytest.fixture(scope="module")
-def run(process, tiny_run, as_words, scheme_file, tmp_path_factory):
+def run(process, offline_run, tiny_run, as_words, scheme_file, tmp_path_factory):
     """A training run with the default logger, by a user who is not logged in and cannot answer."""
     home, out_dir = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("wandb") / "out"
     arguments = tiny_run("train_cifar") | {"epochs": 2, "scheme": scheme_file, "out_dir": out_dir}
@@ -51,18 +22,12 @@ def run(process, tiny_run, as_words, scheme_file, tmp_path_factory):
             patch.delenv(name, raising=False)
         ended = process("train_cifar", *as_words(arguments), HOME=str(home))
     assert ended.status == 0, ended.errors
-    (file,) = out_dir.glob("wandb/offline-run-*/run-*.wandb")
-    records = list(read_records(file))
     return SimpleNamespace(
         ended=ended,
         arguments=arguments,
         out_dir=out_dir,
-        files=file.parent / "files",
         report=json.loads((out_dir / "report.json").read_text()),
-        config={k: v for r in records if r.HasField("config") for k, v in items(r.config.update).items()},
-        history=[items(r.history.item) for r in records if r.HasField("history")],
-        summary={k: v for r in records if r.HasField("summary") for k, v in items(r.summary.update).items()},
-        artifacts=[r.artifact for r in records if r.HasField("artifact")],
+        **vars(offline_run(out_dir)),
     )
 
 

@@ -1,0 +1,901 @@
+"""The search for a scheme: within its budget, as good as the optimum, reproducible and resumed to the bit."""
+
+import csv
+import hashlib
+import json
+import math
+import multiprocessing
+import random
+import re
+import shlex
+import shutil
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import wandb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import spearmanr
+from torch import nn
+
+from microtune.datamodules.digits import Digits
+from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.contributions import ContributionTable
+from microtune.modules.microcontrollers import MICROCONTROLLERS
+from microtune.modules.mobilenet_v2 import mobilenet_v2
+from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.scheme_search import SearchProblem
+from microtune.modules.training_memory import extra_memory_bytes
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+from microtune.recipes import trial_setup
+from microtune.recipes.command_line import run
+from microtune.recipes.evolve_update_scheme import (
+    Individual,
+    evolve,
+    main,
+    make_toolbox,
+    mutate,
+    new_children,
+    survivors,
+)
+from microtune.recipes.memory_figures import scheme_fits
+from microtune.recipes.networks import describe_network
+from microtune.recipes.search_state import SearchState
+from microtune.recipes.workers import Workers
+
+RECIPE = "evolve_update_scheme"
+MEASURED = Path(__file__).parents[2] / "recipes/contributions/mobilenet_v2-w0.35_cifar10/contributions.csv"
+CONTRACT = (
+    *("--network", "mobilenet_v2", "--width", 0.35, "--resolution", 128, "--contributions", MEASURED),
+    *("--fitness", "table", "--seed", 0, "--evaluations", 600, "--finalists", 0, "--logger", "none"),
+)
+BUDGETS = {"extra": ("--memory", "extra", "--budget_kib", 100), "peak": ("--mcu", "stm32f746")}
+BUDGET_BYTES = {"extra": 100 * 1024, "peak": 288 * 1024}
+SMALL_BUDGET = 30 * 1024
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forking():
+    """Processes that have imported everything: of those that are killed, and of workers. It takes long."""
+    forkserver.set_forkserver_preload(["microtune.recipes.evolve_update_scheme"])
+    forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+def call(*words):
+    """Runs the recipe in this process, whatever lifetime the caller has; returns what is in its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words)])
+        run(main)
+    return found_in(words[words.index("--out_dir") + 1])
+
+
+def found_in(out_dir):
+    report = json.loads((out_dir / "report.json").read_text())
+    state = json.loads((out_dir / "search.json").read_text())
+    return SimpleNamespace(
+        folder=out_dir,
+        report=report,
+        without_seconds={name: value for name, value in report.items() if name != "seconds"},
+        scheme=UpdateScheme.load(out_dir / "scheme.json"),
+        fitness=state["fitness"],
+        history=state["history"],
+    )
+
+
+def chosen(scheme):
+    return scheme.bias_depth, scheme.weights
+
+
+def table_score(table, scheme):
+    gains = [table.weight_gains[layer][ratio] for layer, ratio in scheme.weights.items()]
+    return table.bias_gains[scheme.bias_depth] + sum(gains)
+
+
+def memory_bytes(memory, described, scheme):
+    operations = described.operations
+    if memory == "extra":
+        return extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme)
+    return PeakMemory(operations).peak_bytes(scheme)
+
+
+@pytest.fixture(scope="module")
+def small(small_table):
+    """The words of a search of half a second."""
+    return (
+        *("--network", "mobilenet_v2", "--width", 0.35, "--resolution", 32, "--contributions", small_table),
+        *("--memory", "extra", "--budget_kib", SMALL_BUDGET // 1024, "--finalists", 0, "--logger", "none"),
+    )
+
+
+@pytest.fixture(scope="module")
+def problem(small_table):
+    """What ``small`` asks for."""
+    described = describe_network(0.35, (3, 32, 32), 10, head_convolution=False)
+    table = ContributionTable.load(small_table)
+    return SearchProblem(described.name, PeakMemory(described.operations), table, SMALL_BUDGET, "extra")
+
+
+# ---- the contract
+
+
+@pytest.fixture(scope="module", params=BUDGETS)
+def contract(request, tmp_path_factory):
+    """A finished search by the measured table, with its kind of memory."""
+    found = call(*CONTRACT, *BUDGETS[request.param], "--out_dir", tmp_path_factory.mktemp("contract") / "out")
+    found.memory = request.param
+    found.described = describe_network(0.35, (3, 128, 128), 10, head_convolution=False)
+    return found
+
+
+def test_report(contract):
+    names = {"score", "optimum_score", "random_score", "evaluations", "memory_bytes", "budget_bytes", "seconds"}
+    assert names <= set(contract.report)
+    assert contract.report["budget_bytes"] == BUDGET_BYTES[contract.memory]
+    assert 0 < contract.report["seconds"] < 120
+    assert contract.report["memory"] == contract.memory
+    assert contract.report["mcu"] == (None if contract.memory == "extra" else "stm32f746")
+
+
+def test_scheme_is_for_the_network_and_within_the_budget(contract):
+    scheme = contract.described.load_scheme(contract.folder / "scheme.json")
+    assert scheme.weights
+    needed = memory_bytes(contract.memory, contract.described, scheme)
+    assert contract.report["memory_bytes"] == needed <= BUDGET_BYTES[contract.memory]
+    if contract.memory == "peak":
+        peak_memory = PeakMemory(contract.described.operations)
+        assert scheme_fits(peak_memory, scheme, MICROCONTROLLERS["stm32f746"])
+
+
+def test_scheme_is_as_good_as_the_optimum(contract):
+    report = contract.report
+    assert report["score"] == pytest.approx(table_score(ContributionTable.load(MEASURED), contract.scheme))
+    assert 0.995 * report["optimum_score"] <= report["score"] <= report["optimum_score"] + 1e-12
+    assert 0 < report["random_blind_score"] <= report["random_score"] <= report["optimum_score"] + 1e-12
+    assert report["best_fitness"] == report["score"]
+
+
+def test_optimum_is_a_scheme_too(contract):
+    optimum = contract.described.load_scheme(contract.folder / "optimum.json")
+    score = table_score(ContributionTable.load(MEASURED), optimum)
+    assert contract.report["optimum_score"] == pytest.approx(score)
+    assert memory_bytes(contract.memory, contract.described, optimum) <= BUDGET_BYTES[contract.memory]
+
+
+def test_evaluations_are_no_more_than_asked_and_each_another(contract):
+    genomes = [tuple(genome) for *genome, _ in contract.fitness]
+    assert contract.report["evaluations"] == len(genomes) == len(set(genomes)) == 600
+    assert contract.report["lost_evaluations"] == 0
+
+
+def test_history_holds_every_generation(contract):
+    history = contract.history
+    assert [row["generation"] for row in history] == list(range(1, 16))  # of 40 each
+    assert [row["evaluations"] for row in history] == list(range(40, 601, 40))
+    best = [row["best"] for row in history]
+    assert best == sorted(best)
+    assert best[-1] == contract.report["score"]
+    assert history[-1]["memory_bytes"] == contract.report["memory_bytes"]
+    assert all(row["mean"] <= row["best"] and row["spread"] >= 0 for row in history)
+
+
+def test_pictures(contract):
+    with Image.open(contract.folder / "search.png") as image:
+        assert (image.format, min(image.size) > 300) == ("PNG", True)
+
+
+def test_provenance_says_how_to_get_the_scheme_again(contract, tmp_path):
+    provenance = contract.scheme.provenance
+    assert provenance["contributions_sha256"] == hashlib.sha256(MEASURED.read_bytes()).hexdigest()
+    assert provenance["budget_bytes"] == BUDGET_BYTES[contract.memory]
+    assert (provenance["memory"], provenance["mcu"]) == (contract.memory, contract.report["mcu"])
+    assert provenance["found"]["score"] == contract.report["score"]
+    uv, verb, recipe, *words = shlex.split(provenance["command"])
+    assert (uv, verb, recipe) == ("uv", "run", f"recipes/{RECIPE}.py")
+    again = call(*words, "--logger", "none", "--out_dir", tmp_path / "again")
+    assert chosen(again.scheme) == chosen(contract.scheme)
+    assert again.without_seconds == contract.without_seconds
+    assert again.fitness == contract.fitness
+    assert again.scheme.provenance["command"] == provenance["command"]
+
+
+def test_output_tells_the_scheme_and_where_it_is(command, small, tmp_path):
+    ended = command(RECIPE, *small, "--evaluations", 60, "--out_dir", tmp_path / "out")
+    assert ended.status == 0, ended.errors
+    found = found_in(tmp_path / "out")
+    assert ended.output.startswith(f"biases of the last {found.scheme.bias_depth} convolutions; ")
+    assert f"{found.report['memory_bytes'] / 1024:.1f} KiB of extra memory, within 30.0 KiB\n" in ended.output
+    assert f"scheme: {tmp_path / 'out/scheme.json'}, report: {tmp_path / 'out/report.json'}, " in ended.output
+
+
+def test_another_seed_is_another_search(small, tmp_path):
+    first, second = (
+        call(*small, "--evaluations", 40, "--seed", seed, "--out_dir", tmp_path / f"{seed}") for seed in (0, 1)
+    )
+    assert first.fitness != second.fitness
+
+
+# ---- the search itself
+
+
+def course_of(problem, evaluate, **changes):
+    """The state at the end of a search."""
+    arguments = {"evaluations": 80, "population": 8, "guesses": [], "after_generation": lambda _: None} | changes
+    toolbox, state = make_toolbox(problem), SearchState()
+    toolbox.register("evaluate", evaluate)
+    random.seed(0)
+    evolve(problem, toolbox, state=state, **arguments)
+    return state
+
+
+def test_evaluations_do_not_disturb_the_search(problem):
+    """A training seeds the random numbers that DEAP draws from."""
+
+    def evaluate(genome):
+        random.seed(0)
+        return problem.score(genome)
+
+    expected = course_of(problem, problem.score)
+    state = course_of(problem, evaluate)
+    assert list(state.fitness.items()) == list(expected.fitness.items())
+    assert (state.population, state.history) == (expected.population, expected.history)
+
+
+def test_every_genome_is_evaluated_once_and_within_the_budget(problem):
+    evaluated = []
+    state = course_of(problem, lambda genome: evaluated.append(genome) or problem.score(genome))
+    assert len(evaluated) == len(set(evaluated)) == 80
+    assert list(state.fitness) == evaluated
+    assert all(problem.fits(genome) and problem.canonical(genome) == genome for genome in evaluated)
+
+
+def test_guesses_are_evaluated_first(problem):
+    rng = random.Random(1)
+    guesses = list({problem.repair(problem.random_genome(rng), rng, 0.5) for _ in range(9)})
+    state = course_of(problem, problem.score, guesses=guesses[:5])
+    assert list(state.fitness)[:5] == guesses[:5]
+
+
+def test_a_search_ends_where_nothing_new_comes_up(small, tmp_path):
+    """So small a budget that there are no thousand schemes."""
+    found = call(*small, "--budget_kib", 8, "--evaluations", 1000, "--out_dir", tmp_path / "out")
+    assert found.report["evaluations"] == len(found.fitness) < 100
+    assert found.report["score"] == pytest.approx(found.report["optimum_score"])
+
+
+def test_a_table_of_biases_only(small, small_table, tmp_path):
+    """As measure_contributions --layers "" writes it."""
+    lines = small_table.read_text().splitlines(keepends=True)
+    table = tmp_path / "biases.csv"
+    table.write_text("".join(line for line in lines if not line.startswith("weight")))
+    found = call(*small, "--contributions", table, "--allow_missing_layers", "true", "--out_dir", tmp_path / "out")
+    assert found.scheme.weights == {}
+    assert found.report["score"] == found.report["optimum_score"] == ContributionTable.load(table).bias_gains[
+        found.scheme.bias_depth
+    ]  # fmt: skip
+
+
+@st.composite
+def genomes(draw, of):
+    options = [len(of.depths), *(len(ratios) for ratios in of.ratios)]
+    return of.canonical(tuple(draw(st.integers(0, count - 1)) for count in options))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_mutations_stay_within_the_options(problem, data, seed):
+    genome = data.draw(genomes(problem))
+    random.seed(seed)
+    for _ in range(5):
+        (individual,) = mutate(Individual(genome), problem)
+        assert len(individual) == len(genome)
+        assert 0 <= individual[0] < len(problem.depths)
+        for option, ratios in zip(individual[1:], problem.ratios, strict=True):
+            assert 0 <= option < len(ratios)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), k=st.integers(1, 20))
+def test_survivors_are_the_best_of_several_depths(problem, data, k):
+    drawn = data.draw(st.lists(genomes(problem), max_size=30))
+    individuals = [Individual(genome, problem.score(genome)) for genome in drawn]
+    kept = survivors(individuals, k, per_depth=3)
+    values = [one.fitness.values[0] for one in kept]
+    assert values == sorted(values, reverse=True)
+    assert len({tuple(one) for one in kept}) == len(kept) <= k
+    of_depth = {}
+    for genome in sorted(set(drawn), key=problem.score, reverse=True):
+        of_depth.setdefault(genome[0], []).append(problem.score(genome))
+    expected = sorted((score for scores in of_depth.values() for score in scores[:3]), reverse=True)
+    assert values == expected[:k]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 12), with_parents=st.booleans())
+def test_children_are_new_and_fit(problem, seed, count, with_parents):
+    random.seed(seed)
+    toolbox = make_toolbox(problem)
+    known = {tuple(toolbox.immigrant()) for _ in range(20)}
+    parents = [Individual(genome, problem.score(genome)) for genome in known] if with_parents else []
+    children = [tuple(child) for child in new_children(toolbox, parents, count, known)]
+    assert len(children) == len(set(children)) <= count
+    assert not known & set(children)
+    assert all(problem.fits(child) for child in children)
+
+
+def test_children_leave_their_parents_as_they_are(problem):
+    random.seed(0)
+    toolbox = make_toolbox(problem)
+    before = {tuple(toolbox.immigrant()) for _ in range(10)}
+    parents = [Individual(genome, problem.score(genome)) for genome in before]
+    new_children(toolbox, parents, 20, set(before))
+    assert {tuple(parent) for parent in parents} == before
+
+
+# ---- by accuracy, here made up
+
+
+def made_up_accuracy(scheme, steps):
+    """No sum of gains, and another one after longer training."""
+    return random.Random(f"{scheme['bias_depth']} {sorted(scheme['weights'].items())} {steps}").random()
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Takes the place of all training; every call of ``Workers.map``, and a set of schemes to be lost with a worker."""
+    trained = SimpleNamespace(calls=[], lost=lambda call, index: False)
+
+    def map_in_place(workers, function, settings, schemes, seeds):
+        random.seed(0)
+        trained.calls.append(SimpleNamespace(settings=settings[0], schemes=schemes, seeds=seeds[0]))
+        number = len(trained.calls)
+        return [
+            None if trained.lost(number, index) else made_up_accuracy(scheme, settings[0].steps)
+            for index, scheme in enumerate(schemes)
+        ]
+
+    monkeypatch.setattr(Workers, "map", map_in_place)
+    return trained
+
+
+@pytest.fixture(scope="module")
+def by_accuracy(small):
+    return (*small, "--fitness", "accuracy", "--data", "digits", "--evaluations", 40, "--population", 8)
+
+
+@pytest.fixture
+def judged(trained, by_accuracy, tmp_path):
+    found = call(*by_accuracy, "--finalists", 4, "--trial_seeds", 2, "--final_seeds", 3, "--out_dir", tmp_path / "out")
+    found.trials = [one for one in trained.calls if one.settings.steps == 100]
+    found.finals = trained.calls[len(found.trials) :]
+    return found
+
+
+def test_search_by_accuracy_starts_with_the_optimum_of_the_table(judged):
+    optimum, first = UpdateScheme.load(judged.folder / "optimum.json"), judged.trials[0].schemes
+    assert (first[0]["bias_depth"], first[0]["weights"]) == chosen(optimum)
+    table = ContributionTable.load(json_command(judged)["contributions"])
+    scores = [table_score(table, UpdateScheme.from_dict(scheme)) for scheme in first]
+    assert max(scores) == scores[0] == pytest.approx(judged.report["optimum_score"])
+
+
+def json_command(found):
+    words = shlex.split(found.scheme.provenance["command"])[3:]
+    return dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+
+
+def test_search_by_accuracy_trains_every_scheme_once_within_the_budget(judged):
+    schemes = [scheme for one in judged.trials for scheme in one.schemes]
+    assert len(schemes) == judged.report["evaluations"] == 40
+    assert len({(s["bias_depth"], tuple(sorted(s["weights"].items()))) for s in schemes}) == 40
+    described = describe_network(0.35, (1, 32, 32), 10, head_convolution=False)
+    assert all(memory_bytes("extra", described, UpdateScheme.from_dict(s)) <= SMALL_BUDGET for s in schemes)
+    assert {one.seeds for one in judged.trials} == {(0, 1)}
+    best = max(made_up_accuracy(scheme, 100) for scheme in schemes)
+    assert judged.report["best_fitness"] == best
+    assert [value for *_, value in judged.fitness] == [made_up_accuracy(scheme, 100) for scheme in schemes]
+
+
+def test_finalists_are_the_best_schemes_trained_for_longer(judged):
+    finalists = judged.report["finalists"]
+    proxies = sorted((value for *_, value in judged.fitness), reverse=True)[:4]
+    assert sorted((one["proxy"] for one in finalists), reverse=True) == proxies
+    assert [len(one.schemes) for one in judged.finals] == [4, 4, 4]  # of three seeds
+    assert {one.settings.steps for one in judged.finals} == {400}
+    seeds = {seed for one in judged.finals for seed in one.seeds}
+    assert len(seeds) == 3
+    assert not seeds & {0, 1}  # those of the trials
+    values = [one["val_top1_mean"] for one in finalists]
+    assert values == sorted(values, reverse=True)
+    winner = made_up_accuracy(judged.scheme.to_dict(), 400)
+    assert winner == pytest.approx(values[0])
+    assert judged.report["score"] == finalists[0]["table_score"]
+    assert judged.report["memory_bytes"] == finalists[0]["memory_bytes"]
+
+
+def test_rank_correlation_is_that_of_proxy_and_longer_training(judged):
+    pairs = [(one["proxy"], one["val_top1_mean"]) for one in judged.report["finalists"]]
+    assert judged.report["rank_correlation"] == pytest.approx(spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+def test_finalists_of_a_search_by_the_table(trained, small, tmp_path):
+    words = ("--data", "digits", "--evaluations", 60, "--finalists", 3, "--final_steps", 7)
+    found = call(*small, *words, "--out_dir", tmp_path / "out")
+    assert [(one.settings.steps, len(one.schemes)) for one in trained.calls] == [(7, 3)] * 3
+    assert [one["proxy"] for one in found.report["finalists"]] == [
+        pytest.approx(one["table_score"]) for one in found.report["finalists"]
+    ]
+    assert made_up_accuracy(found.scheme.to_dict(), 7) == max(
+        made_up_accuracy(scheme, 7) for scheme in trained.calls[0].schemes
+    )
+
+
+def test_a_worker_that_dies_costs_its_evaluation(trained, by_accuracy, tmp_path):
+    trained.lost = lambda call, index: (call, index) == (2, 3)
+    found = call(*by_accuracy, "--out_dir", tmp_path / "out")
+    assert (found.report["evaluations"], found.report["lost_evaluations"]) == (40, 1)
+    assert [index for index, (*_, value) in enumerate(found.fitness) if value is None] == [8 + 3]
+    assert sum(len(one.schemes) for one in trained.calls) == 40  # it is not tried again
+    assert (tmp_path / "out/search.png").exists()
+
+
+def test_a_generation_that_is_lost_costs_its_evaluations(trained, by_accuracy, tmp_path):
+    trained.lost = lambda call, index: call == 1
+    found = call(*by_accuracy, "--out_dir", tmp_path / "out")
+    assert (found.report["evaluations"], found.report["lost_evaluations"]) == (40, 8)
+
+
+@pytest.mark.parametrize(
+    ("finalists", "lost", "message"),
+    [
+        (0, lambda call, index: True, "every evaluation was lost with its worker: the warnings above say why"),
+        (2, lambda call, index: call > 5, "every training of a finalist was lost with its worker: the warnings above"),
+    ],
+)
+def test_all_lost(finalists, lost, message, trained, by_accuracy, command, tmp_path):
+    trained.lost = lost
+    ended = command(RECIPE, *by_accuracy, "--finalists", finalists, "--out_dir", tmp_path / "out")
+    assert (ended.status, ended.output) == (2, "")
+    assert ended.errors.startswith(f"{RECIPE}.py: error: {message}")
+
+
+# ---- by accuracy, really trained, and killed
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of a folded network that knows the digits a little: from fresh weights no update gains anything."""
+    data = Digits(resolution=32, augment=True)
+    data.setup()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = mobilenet_v2(0.35, num_classes=10, in_channels=1)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.5
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for images, labels in data.train_dataloader():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network.train()(images), labels).backward()
+        optimizer.step()
+    folded = fold_batch_norm(network.eval(), data.input_shape)
+    path = tmp_path_factory.mktemp("weights") / "digits.ckpt"
+    described = {"width": 0.35, "num_classes": 10, "in_channels": 1, "folded": True, "padding": "symmetric"}
+    torch.save(
+        {
+            "state_dict": {f"net.{name}": value for name, value in folded.state_dict().items()},
+            "hyper_parameters": {"network": described, "class_names": data.class_names, "input_shape": [1, 32, 32]},
+        },
+        path,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def words_of(small, weights):
+    """The words of a search by the table and of one by accuracy, each with some generations."""
+    return {
+        "table": (*CONTRACT, *BUDGETS["extra"], "--evaluations", 1000),
+        "accuracy": (
+            *(*small, "--data", "digits", "--weights", weights, "--fitness", "accuracy", "--steps", 10),
+            *("--learning_rate", 1.0, "--evaluations", 24, "--population", 6),
+            *("--finalists", 2, "--final_steps", 10, "--final_seeds", 1),
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def killed(forking, words_of, tmp_path_factory):
+    """Folders of searches whose processes were killed in the middle."""
+    folders = {}
+    for fitness, words in words_of.items():
+        folders[fitness] = tmp_path_factory.mktemp("killed") / fitness
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words), "--out_dir", str(folders[fitness])])
+            child = forking.Process(target=run, args=(main,))
+            child.start()
+        wait_until(child, lambda folder=folders[fitness]: generation_in(folder) >= 2)
+        child.kill()
+        child.join()
+        assert not (folders[fitness] / "report.json").exists()
+    return folders
+
+
+def generation_in(folder):
+    path = folder / "search.json"
+    return json.loads(path.read_text())["generation"] if path.exists() else 0
+
+
+def wait_until(child, holds, seconds=120):
+    """Waits for what a process is to do, as long as it runs."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert child.is_alive(), child.exitcode
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def whole(words_of, tmp_path_factory):
+    """Searches that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {fitness: call(*words, "--out_dir", folder / fitness) for fitness, words in words_of.items()}
+
+
+@pytest.mark.parametrize("fitness", ["table", "accuracy"])
+def test_killed_and_resumed(fitness, killed, whole, words_of, tmp_path):
+    shutil.copytree(killed[fitness], tmp_path / "out")
+    known = json.loads((tmp_path / "out/search.json").read_text())["fitness"]
+    assert 0 < len(known) < len(whole[fitness].fitness)
+    resumed = call(*words_of[fitness], "--resume", "true", "--out_dir", tmp_path / "out")
+    assert resumed.fitness == whole[fitness].fitness
+    assert chosen(resumed.scheme) == chosen(whole[fitness].scheme)
+    assert resumed.without_seconds == whole[fitness].without_seconds
+    assert resumed.history == whole[fitness].history
+
+
+def test_killed_before_the_first_generation(whole, words_of, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(whole["table"].folder / "config.yaml", tmp_path / "out")
+    resumed = call(*words_of["table"], "--resume", "--out_dir", tmp_path / "out")
+    assert resumed.fitness == whole["table"].fitness
+
+
+def test_killed_before_the_finalists(whole, words_of, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("config.yaml", "search.json"):
+        shutil.copy(whole["accuracy"].folder / name, tmp_path / "out")
+    resumed = call(*words_of["accuracy"], "--resume", "--out_dir", tmp_path / "out")
+    assert resumed.without_seconds == whole["accuracy"].without_seconds
+
+
+def test_schemes_differ_in_accuracy(whole):
+    """Else the searches by accuracy would be equal for the wrong reason."""
+    assert len({value for *_, value in whole["accuracy"].fitness}) > 5
+    assert whole["accuracy"].report["best_fitness"] > 0.3
+
+
+def test_accuracy_is_that_of_the_trial(whole, words_of, small_table):
+    found = whole["accuracy"]
+    arguments = dict(zip(words_of["accuracy"][::2], words_of["accuracy"][1::2], strict=True))
+    settings = trial_setup.TrialSettings(
+        "digits", None, weights=str(arguments["--weights"]), width=0.35, resolution=32, base_depth=18, steps=10,
+        learning_rate=1.0,
+    )  # fmt: skip
+    optimum = UpdateScheme.load(found.folder / "optimum.json")
+    assert trial_setup.accuracy(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
+
+
+def test_several_processes_find_the_same(forking, whole, words_of, monkeypatch, tmp_path):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forking)  # which has imported everything
+    found = call(*words_of["accuracy"], "--processes", 2, "--out_dir", tmp_path / "out")
+    assert found.fitness == whole["accuracy"].fitness
+    assert chosen(found.scheme) == chosen(whole["accuracy"].scheme)
+    assert found.without_seconds == whole["accuracy"].without_seconds
+
+
+# ---- all microcontrollers
+
+
+@pytest.fixture(scope="module")
+def all_mcus(small, tmp_path_factory):
+    """At a resolution that is too much for the smallest."""
+    out_dir = tmp_path_factory.mktemp("all") / "out"
+    words = dict(zip(small[::2], small[1::2], strict=True)) | {"--resolution": 96, "--evaluations": 40}
+    del words["--memory"], words["--budget_kib"]
+    words = [word for pair in words.items() for word in pair]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words), "--all_mcus", "--out_dir", str(out_dir)])
+        run(main)
+    return out_dir
+
+
+def rows_of(all_mcus):
+    return {row["mcu"]: row for row in json.loads((all_mcus / "report.json").read_text())["mcus"]}
+
+
+def test_all_mcus_have_a_scheme_within_their_budget(all_mcus):
+    described = describe_network(0.35, (3, 96, 96), 10, head_convolution=False)
+    peak_memory, rows = PeakMemory(described.operations), rows_of(all_mcus)
+    assert set(rows) == set(MICROCONTROLLERS)
+    fitting = {name for name in rows if peak_memory.floor_bytes <= MICROCONTROLLERS[name].budget_bytes}
+    assert {path.name for path in all_mcus.glob("mobilenet*.json")} == {
+        f"mobilenet_v2-w0.35_{name}.json" for name in fitting
+    }
+    for name in fitting:
+        scheme = described.load_scheme(all_mcus / f"mobilenet_v2-w0.35_{name}.json")
+        assert scheme_fits(peak_memory, scheme, MICROCONTROLLERS[name])
+        assert rows[name]["memory_bytes"] == peak_memory.peak_bytes(scheme) <= rows[name]["budget_bytes"]
+        assert rows[name]["budget_bytes"] == MICROCONTROLLERS[name].budget_bytes
+        assert rows[name]["score"] <= rows[name]["optimum_score"] + 1e-12
+    assert 0 < len(fitting) < len(rows)
+
+
+def test_mcus_that_are_too_small_are_told_the_resolution_that_would_do(all_mcus):
+    rows = [row for row in rows_of(all_mcus).values() if "too_small" in row]
+    assert {row["mcu"] for row in rows} == {"stm32f411", "stm32f407"}
+    for row in rows:
+        (resolution,) = map(int, re.findall(r"--resolution (\d+)$", row["too_small"]))
+        for pixels, fits in ((resolution, True), (resolution + 16, False)):
+            operations = describe_network(0.35, (3, pixels, pixels), 10, head_convolution=False).operations
+            assert (PeakMemory(operations).floor_bytes <= row["budget_bytes"]) == fits
+
+
+def test_front_is_a_picture(all_mcus):
+    with Image.open(all_mcus / "front.png") as image:
+        assert (image.format, min(image.size) > 300) == ("PNG", True)
+
+
+def test_scheme_of_one_of_all_mcus_says_how_to_get_it_again(all_mcus, tmp_path):
+    scheme = UpdateScheme.load(all_mcus / "mobilenet_v2-w0.35_nrf52840.json")
+    words = shlex.split(scheme.provenance["command"])[3:]
+    assert (scheme.provenance["mcu"], words[words.index("--mcu") + 1]) == ("nrf52840", "nrf52840")
+    again = call(*words, "--logger", "none", "--out_dir", tmp_path / "out")
+    assert chosen(again.scheme) == chosen(scheme)
+
+
+# ---- Weights & Biases
+
+
+def test_offline_run_holds_course_table_and_scheme(command, offline_run, small, small_table, monkeypatch, tmp_path):
+    for name, value in {"WANDB_MODE": "offline", "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    words = (*small, "--evaluations", 80, "--population", 20)
+    ended = command(RECIPE, *words, "--logger", "wandb", "--out_dir", tmp_path / "out")
+    wandb.teardown()
+    assert ended.status == 0, ended.errors
+    logged, found = offline_run(tmp_path / "out"), found_in(tmp_path / "out")
+
+    rows = [row for row in logged.history if "search/best" in row]
+    names = ("generation", "evaluations", "best", "mean", "spread", "memory_bytes")
+    assert [{name: row[f"search/{name}"] for name in names} for row in rows] == found.history
+    assert len(rows) == 4
+    distances = [row["search/distance_to_optimum"] for row in rows]
+    assert distances == pytest.approx([found.report["optimum_score"] - row["search/best"] for row in rows])
+    assert rows[-1]["search/memory_bytes"] == found.report["memory_bytes"]
+
+    (file,) = logged.files.glob("media/table/contributions*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["kind", "bias_depth", "layer", "ratio", "gain", "gain_std", "runs"]
+    assert table["data"] == [list(vars(row).values())[:7] for row in ContributionTable.load(small_table).rows]
+
+    (artifact,) = (artifact for artifact in logged.artifacts if artifact.type == "update-scheme")
+    assert [entry.path for entry in artifact.manifest.contents] == ["scheme.json"]
+    assert json.loads(artifact.metadata) == found.scheme.to_dict()
+    assert json.loads(artifact.metadata)["provenance"]["command"].startswith(f"uv run recipes/{RECIPE}.py ")
+    assert logged.summary["score"] == found.report["score"]
+    assert logged.config["arguments"]["population"] == 20
+    (picture,) = logged.files.glob("media/images/search*.png")
+    assert picture.read_bytes() == (tmp_path / "out/search.png").read_bytes()
+
+    unlogged = call(*words, "--out_dir", tmp_path / "unlogged")
+    assert (unlogged.fitness, chosen(unlogged.scheme)) == (found.fitness, chosen(found.scheme))
+
+
+# ---- wrong input
+
+
+MISTAKES = {
+    "missing table": (("--contributions", "nowhere.csv"), r"nowhere\.csv: cannot read the contribution table: No such"),
+    "no extra memory without budget": (("--budget_kib", "null"), "give --budget_kib, or --memory peak"),
+    "two budgets": (("--mcu", "stm32f746"), "a microcontroller and budget_kib are two budgets: give one of them"),
+    "budget 0": (("--budget_kib", 0), r"budget_kib is 0\.0: give a positive number of kibibytes"),
+    "budget negative": (("--budget_kib", -1), r"budget_kib is -1\.0: give a positive number of kibibytes"),
+    "budget NaN": (("--budget_kib", "nan"), "budget_kib is nan: give a positive number of kibibytes"),
+    "budget infinite": (("--budget_kib", "inf"), "budget_kib is inf: give a positive number of kibibytes"),
+    "budget in words": (("--budget_kib", "much"), "budget_kib is much: give a number"),
+    "accuracy of what": (("--fitness", "accuracy"), "fitness accuracy trains every scheme: say on what with --data"),
+    "finalists of what": (("--finalists", 4), "the finalists are trained: say on what with --data, or give --final"),
+    "finalists negative": (("--finalists", -1), "finalists is -1: give 0 or more"),
+    "no evaluations": (("--evaluations", 0), "evaluations is 0: give 1 or more"),
+    "no population": (("--population", 0), "population is 0: give 1 or more"),
+    "no trial seeds": (("--trial_seeds", 0), "trial_seeds is 0: give 1 or more"),
+    "no final seeds": (("--final_seeds", 0), "final_seeds is 0: give 1 or more"),
+    "no processes": (("--processes", 0), "processes is 0: give 1 or more"),
+    "no steps": (("--steps", 0, "--fitness", "accuracy", "--data", "digits"), "steps is 0: give 1 or more"),
+    "unknown memory": (("--memory", "flash"), "memory is .*flash.*: give one of 'peak', 'extra'"),
+    "unknown fitness": (("--fitness", "luck"), "fitness is .*luck.*: give one of 'table', 'accuracy'"),
+    "unknown data": (("--data", "mnist"), "data is .*mnist.*: give one of .*digits"),
+    "unknown data option": (("--data", "digits", "--data_options", '{"colour": 1}'), "digits has no option 'colour'"),
+    "all by accuracy": (("--all_mcus", "true", "--fitness", "accuracy", "--data", "digits"), "give --fitness table"),
+    "width 0": (("--width", 0), "width .*0"),
+    "no classes": (("--num_classes", 0), "num_classes .*0"),
+    "no channels": (("--in_channels", 0), "in_channels .*0"),
+    "resolution 0": (("--resolution", 0), "resolution is 0: give 1 or more"),
+    "unknown option": (("--epochs", 3), "epochs"),
+    "nothing to resume": (("--resume",), "there is no run in out: start it without --resume"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def refuse(command, small, monkeypatch, tmp_path):
+    """One clear line and exit status 2, and nothing is written; returns the line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*changes):
+        before = sorted(tmp_path.rglob("*"))
+        ended = command(RECIPE, *small, "--out_dir", "out", *changes)
+        assert (ended.status, ended.output) == (2, ""), ended.errors
+        assert ended.errors.startswith(f"{RECIPE}.py: error: ")
+        assert ended.errors.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return ended.errors.removeprefix(f"{RECIPE}.py: error: ")
+
+    return call
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_input(mistake, refuse):
+    changes, message = MISTAKES[mistake]
+    error = refuse(*changes)
+    assert re.search(message, error), error
+
+
+def with_peak_memory(*changes):
+    """Changes to a search by extra memory that make it one for a microcontroller."""
+    return ("--memory", "peak", "--budget_kib", "null", *changes)
+
+
+def test_unknown_microcontroller(refuse):
+    error = refuse(*with_peak_memory("--mcu", "stm32f745"))
+    assert error.startswith("unknown microcontroller 'stm32f745' (did you mean stm32f746?): known are ")
+
+
+def rows_with(change):
+    """The lines of a table, changed."""
+
+    def rewrite(small_table, path):
+        lines = list(csv.reader(small_table.open(newline="")))
+        with path.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(change(lines))
+        return path
+
+    return rewrite
+
+
+GAIN, LAYER = 4, 2
+BAD_TABLES = {
+    "NaN": (lambda lines: [*lines[:4], [*lines[4][:GAIN], "nan", *lines[4][GAIN + 1 :]], *lines[5:]],
+            r"line 5: gain is nan: give a finite number$"),
+    "duplicate row": (lambda lines: [*lines, lines[-1]],
+                      r"line \d+: ratio 1\.0 of features\.17\.conv\.0\.0 is already in line \d+: keep one$"),
+    "foreign layer": (lambda lines: [[cell.replace("features.15", "features.99") for cell in line] for line in lines],
+                      r"layer features\.99\.conv\.0\.0 of the contribution table is no convolution of the network"),
+    "missing layer": (lambda lines: [line for line in lines if "features.15" not in line[LAYER]],
+                      r"missing layers: the contribution table has no weight rows of features\.15\.conv\.0\.0: measure "
+                      r"them, .*--allow_missing_layers$"),
+    "unfinished": (lambda lines: lines[:-1], r"layer features\.17\.conv\.0\.0 lacks ratio 1\.0, which others have"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_TABLES)
+def test_bad_table(kind, refuse, small_table, tmp_path):
+    change, message = BAD_TABLES[kind]
+    rows_with(change)(small_table, tmp_path / "bad.csv")
+    error = refuse("--contributions", "bad.csv")
+    assert error.startswith("bad.csv: ")
+    assert re.search(message, error.strip()), error
+
+
+def test_missing_layers_can_be_allowed(small, small_table, tmp_path):
+    table = rows_with(BAD_TABLES["missing layer"][0])(small_table, tmp_path / "without.csv")
+    words = (*small, "--contributions", table, "--allow_missing_layers", "true", "--evaluations", 40)
+    found = call(*words, "--out_dir", tmp_path / "out")
+    assert found.scheme.weights
+    assert "features.15.conv.0.0" not in found.scheme.weights
+
+
+@pytest.mark.parametrize("memory", ["extra", "peak"])
+def test_budget_that_no_scheme_can_meet(memory, refuse, small, tmp_path):
+    """The error says the smallest that would do, and it does."""
+    error = refuse("--memory", memory, "--budget_kib", 0.01)
+    assert re.match(rf"budget_bytes is 10 of {memory} memory, but the smallest scheme, the classifier only, ", error)
+    smallest = int(re.search(r"needs [\d.]+ KiB: give at least (\d+) bytes\n$", error)[1])
+    described = describe_network(0.35, (3, 32, 32), 10, head_convolution=False)
+    classifier_only = UpdateScheme(described.name, 0)
+    assert smallest == math.ceil(memory_bytes(memory, described, classifier_only))
+    found = call(*small, "--memory", memory, "--budget_kib", smallest / 1024, "--out_dir", tmp_path / "smallest")
+    assert found.report["memory_bytes"] <= smallest == found.report["budget_bytes"]
+
+
+def test_microcontroller_that_no_scheme_fits(refuse, small, tmp_path):
+    """The error says the resolution that would do, and it does."""
+    error = refuse(*with_peak_memory("--mcu", "stm32f411", "--resolution", 128))
+    assert error.startswith("stm32f411 has 96.0 KiB for a training step, but even the classifier alone needs ")
+    resolution = re.search(r" at 128 px; .*: give --resolution (\d+)\n$", error)[1]
+    words = with_peak_memory("--mcu", "stm32f411", "--resolution", resolution, "--evaluations", 5)
+    found = call(*small, *words, "--out_dir", tmp_path / "smaller")
+    assert found.report["memory_bytes"] <= found.report["budget_bytes"] == 96 * 1024
+
+
+def test_folder_of_something_else(refuse, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    assert refuse().startswith("out is not empty: give another --out_dir, or --resume to go on with the run in it")
+
+
+@pytest.fixture
+def stopped(killed, monkeypatch, tmp_path):
+    """A copy of a search that was killed, as the folder ``out``."""
+    shutil.copytree(killed["table"], tmp_path / "out")
+    return tmp_path / "out"
+
+
+def resumed_with_error(command, words, out_dir, *changes):
+    ended = command(RECIPE, *words, *changes, "--resume", "--out_dir", out_dir)
+    assert (ended.status, ended.output) == (2, ""), ended.errors
+    assert ended.errors.count("\n") == 1
+    return ended.errors.removeprefix(f"{RECIPE}.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--seed", 1), "was started with seed 0, not 1: resume it with --config "),
+        (("--evaluations", 1001), "was started with evaluations 1000, not 1001: resume it with --config "),
+        (("--budget_kib", 90), r"was started with budget_kib 100\.0, not 90\.0: resume it with --config "),
+    ],
+)
+def test_another_search_in_the_folder(changes, message, stopped, command, words_of):
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    error = resumed_with_error(command, words_of["table"], stopped, *changes)
+    assert re.search(message, error), error
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_table_that_was_changed_meanwhile(stopped, command, words_of, tmp_path):
+    """Scores by two tables do not compare."""
+    table = tmp_path / "contributions.csv"
+    shutil.copy(MEASURED, table)
+    (stopped / "config.yaml").write_text((stopped / "config.yaml").read_text().replace(str(MEASURED), str(table)))
+    table.write_text(table.read_text().replace("bias,36,,,0.01", "bias,36,,,0.09"))
+    error = resumed_with_error(command, words_of["table"], stopped, "--contributions", table)
+    assert str(table) in error
+
+
+@pytest.mark.parametrize("content", [b"", b'{"generation": 3, "popu', b"[]", b"{}", b"\xff\xfe\x00"])
+def test_damaged_state(content, stopped, command, words_of):
+    (stopped / "search.json").write_bytes(content)
+    error = resumed_with_error(command, words_of["table"], stopped)
+    expected = f"{stopped / 'search.json'} cannot be read, it was damaged: remove it to begin the search again\n"
+    assert error == expected
+
+
+def test_finished_search_is_not_resumed(whole, command, words_of):
+    folder = whole["table"].folder
+    error = resumed_with_error(command, words_of["table"], folder)
+    assert error == f"the run in {folder} is finished: its results are in {folder / 'report.json'}\n"
+
+
+def test_every_lost_evaluation_is_an_error_of_the_search(problem):
+    with pytest.raises(UserError, match="every evaluation was lost with its worker"):
+        course_of(problem, lambda genome: None, evaluations=10)
