@@ -106,7 +106,7 @@ class TrunkFeatures:
             raise UserError(
                 f"the features of {self.copies} x {self.samples['train']:,} training and {self.samples['val']:,} "
                 f"validation samples take {self.size_bytes / MIB:,.1f} MiB, more than the limit of "
-                f"{limit_bytes / MIB:,.1f} MiB: raise --features_limit_mib, keep fewer --copies, keep them with "
+                f"{limit_bytes / MIB:,.4g} MiB: raise --features_limit_mib, keep fewer --copies, keep them with "
                 "--features disk, or give --features none to compute them in every pass"
             )
 

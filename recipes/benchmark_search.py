@@ -2,6 +2,7 @@
 
     uv run recipes/benchmark_search.py --level table --processes 2
     uv run recipes/benchmark_search.py --level accuracy --processes 2
+    uv run recipes/benchmark_search.py --level speed
 
 By table: three contribution tables (the two of ``recipes/contributions`` and a made one in which budget and layers
 play together), five budgets, ten seeds. By accuracy: evolution, random search with the same repair and as many trials,
@@ -25,13 +26,14 @@ import matplotlib.pyplot as plt
 import torch
 import yaml
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.contributions import Contribution, ContributionTable
 from microtune.modules.operations import NetworkOperations
 from microtune.modules.scheme_optimum import proven_optimum
-from microtune.modules.scheme_search import Genome, SearchProblem, random_search
+from microtune.modules.scheme_search import Genome, Memory, SearchProblem, random_search
 from microtune.modules.simple_schemes import is_expanding
 from microtune.modules.training_memory import extra_memory_bytes
 from microtune.modules.update_scheme import UpdateScheme
@@ -44,7 +46,7 @@ from microtune.recipes.measure_contributions import open_shared_folder
 from microtune.recipes.memory_figures import KIB
 from microtune.recipes.networks import DescribedNetwork
 from microtune.recipes.run_folder import new_folder, plain
-from microtune.recipes.search_setup import budget_of, make_problem
+from microtune.recipes.search_setup import Budget, budget_of, make_problem
 from microtune.recipes.search_state import SearchState
 from microtune.recipes.trial_setup import TrialSettings, accuracy, described_by
 from microtune.recipes.workers import Workers
@@ -79,7 +81,7 @@ class Job:
 
 
 def main(
-    level: Literal["table", "accuracy"] = "table",
+    level: Literal["table", "accuracy", "speed"] = "table",
     measurements: str = MEASUREMENTS,
     accuracy_budget_kib: int = 48,
     evaluations: int | None = None,
@@ -93,7 +95,8 @@ def main(
     """Judges the search: evolution against the proven optimum and random search, by table and by real training.
 
     Args:
-        level: What schemes are scored by: the contribution table, or the accuracy of a short training.
+        level: What schemes are scored by: the contribution table, or the accuracy of a short training; or speed, how
+            long it takes to score and repair as many genomes as ``evaluations`` says, by default 100,000.
         measurements: Folders of measure_contributions.py, separated by commas: the tables, and the data they are of.
         accuracy_budget_kib: Extra memory, in KiB, of the searches by accuracy.
         evaluations: Of each search; by default 5,000 by table (random search also gets four times as many), 200 by
@@ -116,6 +119,8 @@ def main(
             raise UserError(
                 f"{folder} is no folder of measure_contributions.py: it lacks contributions.csv or config.yaml"
             )
+    if level == "speed":
+        return [measure_speed(folders[0], memory, evaluations or 100_000) for memory in ("extra", "peak")]
     out_dir = out_dir or new_folder(Path("runs") / "benchmark_search")
     open_shared_folder(out_dir, arguments)
     common = (trial_steps, final_steps, final_seeds)
@@ -138,6 +143,22 @@ def main(
     write_json(out_dir / f"{level}_search.json", results)
     print(f"results: {out_dir / f'{level}_search.json'} and .png")
     return results
+
+
+def measure_speed(folder: Path, memory: Memory, genomes: int) -> dict[str, Any]:
+    """Processor seconds of repairing and scoring random genomes on one core."""
+    described = described_by(settings_of_measurement(folder))
+    table = ContributionTable.load(folder / "contributions.csv")
+    budget = Budget("extra", 64 * KIB) if memory == "extra" else budget_of("peak", None, PEAK_BUDGET, None, None, None)
+    problem = make_problem(described, table, budget)
+    draws = random.Random(0)
+    drawn = [problem.random_genome(draws) for _ in range(genomes)]
+    started = time.process_time()
+    for genome in track(drawn, f"{memory} memory", transient=True):
+        problem.score(problem.repair(genome))
+    seconds = time.process_time() - started
+    print(f"{genomes:,} genomes repaired and scored within {budget}: {seconds:.1f} s on one core")
+    return {"memory": memory, "genomes": genomes, "processor_seconds": seconds}
 
 
 def do_jobs(jobs: Sequence[Job], first: str, out_dir: Path, processes: int) -> list[dict[str, Any]]:

@@ -71,10 +71,12 @@ def forking():
     return multiprocessing.get_context("forkserver")
 
 
-def call(*words):
-    """Runs the recipe in this process, whatever lifetime the caller has; returns what is in its folder."""
+def call(*words, with_picture=False):
+    """Runs the recipe in this process, also for a fixture of the whole module; returns what is in its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words)])
+        if not with_picture:
+            patch.setattr(f"microtune.recipes.{RECIPE}.draw_search", lambda *_: None)
         run(main)
     return found_in(words[words.index("--out_dir") + 1])
 
@@ -131,7 +133,8 @@ def problem(small_table):
 @pytest.fixture(scope="module", params=BUDGETS)
 def contract(request, tmp_path_factory):
     """A finished search by the measured table, with its kind of memory."""
-    found = call(*CONTRACT, *BUDGETS[request.param], "--out_dir", tmp_path_factory.mktemp("contract") / "out")
+    out_dir = tmp_path_factory.mktemp("contract") / "out"
+    found = call(*CONTRACT, *BUDGETS[request.param], "--out_dir", out_dir, with_picture=True)
     found.memory = request.param
     found.described = describe_network(0.35, (3, 128, 128), 10, head_convolution=False)
     return found
@@ -188,7 +191,7 @@ def test_history_holds_every_generation(contract):
     assert all(row["mean"] <= row["best"] and row["spread"] >= 0 for row in history)
 
 
-def test_pictures(contract):
+def test_picture(contract):
     with Image.open(contract.folder / "search.png") as image:
         assert (image.format, min(image.size) > 300) == ("PNG", True)
 
@@ -205,7 +208,6 @@ def test_provenance_says_how_to_get_the_scheme_again(contract, tmp_path):
     assert chosen(again.scheme) == chosen(contract.scheme)
     assert again.without_seconds == contract.without_seconds
     assert again.fitness == contract.fitness
-    assert again.scheme.provenance["command"] == provenance["command"]
 
 
 def test_output_tells_the_scheme_and_where_it_is(command, small, tmp_path):
@@ -272,16 +274,17 @@ def test_a_search_ends_where_nothing_new_comes_up(small, tmp_path):
     assert found.report["score"] == pytest.approx(found.report["optimum_score"])
 
 
-def test_a_table_of_biases_only(small, small_table, tmp_path):
-    """As measure_contributions --layers "" writes it."""
+@pytest.mark.parametrize("population", [4, 40])
+def test_a_table_of_biases_only(population, small, small_table, tmp_path):
+    """As measure_contributions --layers "" writes it: a few schemes in all."""
     lines = small_table.read_text().splitlines(keepends=True)
     table = tmp_path / "biases.csv"
     table.write_text("".join(line for line in lines if not line.startswith("weight")))
-    found = call(*small, "--contributions", table, "--allow_missing_layers", "true", "--out_dir", tmp_path / "out")
+    words = ("--contributions", table, "--allow_missing_layers", "true", "--population", population)
+    found = call(*small, *words, "--out_dir", tmp_path / "out")
     assert found.scheme.weights == {}
-    assert found.report["score"] == found.report["optimum_score"] == ContributionTable.load(table).bias_gains[
-        found.scheme.bias_depth
-    ]  # fmt: skip
+    gain = ContributionTable.load(table).bias_gains[found.scheme.bias_depth]
+    assert found.report["score"] == found.report["optimum_score"] == gain
 
 
 @st.composite
@@ -349,9 +352,8 @@ def made_up_accuracy(scheme, steps):
     return random.Random(f"{scheme['bias_depth']} {sorted(scheme['weights'].items())} {steps}").random()
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Takes the place of all training; every call of ``Workers.map``, and a set of schemes to be lost with a worker."""
+def in_place_of_training(patch):
+    """Replaces ``Workers.map``; holds its calls, and says which of their evaluations are to be lost with a worker."""
     trained = SimpleNamespace(calls=[], lost=lambda call, index: False)
 
     def map_in_place(workers, function, settings, schemes, seeds):
@@ -363,8 +365,13 @@ def trained(monkeypatch):
             for index, scheme in enumerate(schemes)
         ]
 
-    monkeypatch.setattr(Workers, "map", map_in_place)
+    patch.setattr(Workers, "map", map_in_place)
     return trained
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    return in_place_of_training(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -372,25 +379,24 @@ def by_accuracy(small):
     return (*small, "--fitness", "accuracy", "--data", "digits", "--evaluations", 40, "--population", 8)
 
 
-@pytest.fixture
-def judged(trained, by_accuracy, tmp_path):
-    found = call(*by_accuracy, "--finalists", 4, "--trial_seeds", 2, "--final_seeds", 3, "--out_dir", tmp_path / "out")
+@pytest.fixture(scope="module")
+def judged(by_accuracy, tmp_path_factory):
+    """A search by accuracy, with its finalists."""
+    words = (*by_accuracy, "--finalists", 4, "--trial_seeds", 2, "--final_seeds", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        trained = in_place_of_training(patch)
+        found = call(*words, "--out_dir", tmp_path_factory.mktemp("judged") / "out")
     found.trials = [one for one in trained.calls if one.settings.steps == 100]
     found.finals = trained.calls[len(found.trials) :]
     return found
 
 
-def test_search_by_accuracy_starts_with_the_optimum_of_the_table(judged):
+def test_search_by_accuracy_starts_with_the_optimum_of_the_table(judged, small_table):
     optimum, first = UpdateScheme.load(judged.folder / "optimum.json"), judged.trials[0].schemes
     assert (first[0]["bias_depth"], first[0]["weights"]) == chosen(optimum)
-    table = ContributionTable.load(json_command(judged)["contributions"])
+    table = ContributionTable.load(small_table)
     scores = [table_score(table, UpdateScheme.from_dict(scheme)) for scheme in first]
     assert max(scores) == scores[0] == pytest.approx(judged.report["optimum_score"])
-
-
-def json_command(found):
-    words = shlex.split(found.scheme.provenance["command"])[3:]
-    return dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
 
 
 def test_search_by_accuracy_trains_every_scheme_once_within_the_budget(judged):
@@ -445,7 +451,6 @@ def test_a_worker_that_dies_costs_its_evaluation(trained, by_accuracy, tmp_path)
     assert (found.report["evaluations"], found.report["lost_evaluations"]) == (40, 1)
     assert [index for index, (*_, value) in enumerate(found.fitness) if value is None] == [8 + 3]
     assert sum(len(one.schemes) for one in trained.calls) == 40  # it is not tried again
-    assert (tmp_path / "out/search.png").exists()
 
 
 def test_a_generation_that_is_lost_costs_its_evaluations(trained, by_accuracy, tmp_path):
@@ -483,7 +488,7 @@ def weights(tmp_path_factory):
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = 0.5
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    for images, labels in data.train_dataloader():
+    for images, labels in [*data.train_dataloader()] * 2:
         optimizer.zero_grad()
         nn.functional.cross_entropy(network.train()(images), labels).backward()
         optimizer.step()
@@ -504,7 +509,10 @@ def weights(tmp_path_factory):
 def words_of(small, weights):
     """The words of a search by the table and of one by accuracy, each with some generations."""
     return {
-        "table": (*CONTRACT, *BUDGETS["extra"], "--evaluations", 1000),
+        "table": (
+            *("--width", 0.35, "--resolution", 32, "--contributions", MEASURED, "--memory", "extra"),
+            *("--budget_kib", 60, "--evaluations", 800, "--finalists", 0, "--logger", "none"),
+        ),
         "accuracy": (
             *(*small, "--data", "digits", "--weights", weights, "--fitness", "accuracy", "--steps", 10),
             *("--learning_rate", 1.0, "--evaluations", 24, "--population", 6),
@@ -563,18 +571,20 @@ def test_killed_and_resumed(fitness, killed, whole, words_of, tmp_path):
     assert resumed.history == whole[fitness].history
 
 
-def test_killed_before_the_first_generation(whole, words_of, tmp_path):
+def test_killed_before_the_first_generation(small, tmp_path):
+    words = (*small, "--evaluations", 60)
+    whole = call(*words, "--out_dir", tmp_path / "whole")
     (tmp_path / "out").mkdir()
-    shutil.copy(whole["table"].folder / "config.yaml", tmp_path / "out")
-    resumed = call(*words_of["table"], "--resume", "--out_dir", tmp_path / "out")
-    assert resumed.fitness == whole["table"].fitness
+    shutil.copy(tmp_path / "whole/config.yaml", tmp_path / "out")
+    resumed = call(*words, "--resume", "true", "--out_dir", tmp_path / "out")
+    assert resumed.fitness == whole.fitness
 
 
 def test_killed_before_the_finalists(whole, words_of, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("config.yaml", "search.json"):
         shutil.copy(whole["accuracy"].folder / name, tmp_path / "out")
-    resumed = call(*words_of["accuracy"], "--resume", "--out_dir", tmp_path / "out")
+    resumed = call(*words_of["accuracy"], "--resume", "true", "--out_dir", tmp_path / "out")
     assert resumed.without_seconds == whole["accuracy"].without_seconds
 
 
@@ -678,7 +688,6 @@ def test_offline_run_holds_course_table_and_scheme(command, offline_run, small, 
     rows = [row for row in logged.history if "search/best" in row]
     names = ("generation", "evaluations", "best", "mean", "spread", "memory_bytes")
     assert [{name: row[f"search/{name}"] for name in names} for row in rows] == found.history
-    assert len(rows) == 4
     distances = [row["search/distance_to_optimum"] for row in rows]
     assert distances == pytest.approx([found.report["optimum_score"] - row["search/best"] for row in rows])
     assert rows[-1]["search/memory_bytes"] == found.report["memory_bytes"]
@@ -710,8 +719,9 @@ MISTAKES = {
     "two budgets": (("--mcu", "stm32f746"), "a microcontroller and budget_kib are two budgets: give one of them"),
     "budget 0": (("--budget_kib", 0), r"budget_kib is 0\.0: give a positive number of kibibytes"),
     "budget negative": (("--budget_kib", -1), r"budget_kib is -1\.0: give a positive number of kibibytes"),
-    "budget NaN": (("--budget_kib", "nan"), "budget_kib is nan: give a positive number of kibibytes"),
-    "budget infinite": (("--budget_kib", "inf"), "budget_kib is inf: give a positive number of kibibytes"),
+    "budget NaN": (("--budget_kib", ".nan"), "budget_kib is nan: give a positive number of kibibytes"),
+    "budget NaN in words": (("--budget_kib", "nan"), "budget_kib is nan: give a number"),
+    "budget infinite": (("--budget_kib", ".inf"), "budget_kib is inf: give a positive number of kibibytes"),
     "budget in words": (("--budget_kib", "much"), "budget_kib is much: give a number"),
     "accuracy of what": (("--fitness", "accuracy"), "fitness accuracy trains every scheme: say on what with --data"),
     "finalists of what": (("--finalists", 4), "the finalists are trained: say on what with --data, or give --final"),
@@ -766,8 +776,8 @@ def with_peak_memory(*changes):
 
 
 def test_unknown_microcontroller(refuse):
-    error = refuse(*with_peak_memory("--mcu", "stm32f745"))
-    assert error.startswith("unknown microcontroller 'stm32f745' (did you mean stm32f746?): known are ")
+    error = refuse(*with_peak_memory("--mcu", "stm32h74"))
+    assert error.startswith("unknown microcontroller 'stm32h74' (did you mean stm32h743?): known are stm32f746, ")
 
 
 def rows_with(change):
@@ -861,8 +871,8 @@ def resumed_with_error(command, words, out_dir, *changes):
     ("changes", "message"),
     [
         (("--seed", 1), "was started with seed 0, not 1: resume it with --config "),
-        (("--evaluations", 1001), "was started with evaluations 1000, not 1001: resume it with --config "),
-        (("--budget_kib", 90), r"was started with budget_kib 100\.0, not 90\.0: resume it with --config "),
+        (("--evaluations", 801), "was started with evaluations 800, not 801: resume it with --config "),
+        (("--budget_kib", 90), r"was started with budget_kib 60\.0, not 90\.0: resume it with --config "),
     ],
 )
 def test_another_search_in_the_folder(changes, message, stopped, command, words_of):

@@ -514,12 +514,12 @@ MISTAKES = {
     "no seeds": (("--seeds", 0), "seeds is 0: give 1 or more"),
     "none side by side": (("--side_by_side", 0), "side_by_side is 0: give 1 or more"),
     "unknown features": (("--features", "cloud"), "features is .*cloud.*: give one of 'memory', 'disk', 'none'"),
-    "limit": (("--features_limit_mib", 0.01), r"take \d MiB, more than the limit of 0 MiB: raise --features_limit_mib"),
+    "limit": (("--features_limit_mib", 0.01), r"take \d\.\d MiB, more than the limit of 0\.01 MiB: raise --features_limit_mib"),
     "no steps": (("--steps", 0), "steps is 0: give 1 or more"),
     "steps in words": (("--steps", "many"), "steps is many: give a whole number"),
     "no copies": (("--copies", 0), "copies is 0: give 1 or more"),
-    "batch size 0": (("--batch_size", 0), "batch_size 0 is not positive"),
-    "resolution 0": (("--resolution", 0), "resolution 0 is not positive"),
+    "batch size 0": (("--batch_size", 0), "batch_size is 0: give 1 or more"),
+    "resolution 0": (("--resolution", 0), "resolution is 0: give 1 or more"),
     "width 0": (("--width", 0), "width .*0"),
     "learning rate 0": (("--learning_rate", 0), "learning_rate .*0"),
     "learning rate NaN": (("--learning_rate", "nan"), "learning_rate .*nan"),
@@ -561,7 +561,7 @@ def test_another_measurement_in_the_folder_is_refused(changes, message, killed, 
     ended = command(RECIPE, *words, *changes, "--out_dir", out_dir)
     assert (ended.status, ended.output) == (2, "")
     assert re.search(message, ended.errors), ended.errors
-    assert ended.errors.startswith(f"{RECIPE}.py: error: the measurement in {out_dir} was begun with ")
+    assert ended.errors.startswith(f"{RECIPE}.py: error: the work in {out_dir} was begun with ")
     assert ended.errors.endswith(f": go on with --config {out_dir / 'config.yaml'}, or give another --out_dir\n")
     assert {path: path.read_bytes() for path in out_dir.rglob("*") if path.is_file()} == before
 
@@ -572,7 +572,7 @@ def test_a_folder_of_something_else_is_refused(command, words, tmp_path):
     ended = command(RECIPE, *words, "--out_dir", tmp_path / "out")
     assert ended.status == 2
     assert ended.errors == (
-        f"{RECIPE}.py: error: {tmp_path / 'out'} holds thesis.txt, but no measurement: give another --out_dir\n"
+        f"{RECIPE}.py: error: {tmp_path / 'out'} holds thesis.txt, but no config.yaml of this recipe: give another --out_dir\n"
     )
     assert (tmp_path / "out/thesis.txt").read_text() == "mine"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
