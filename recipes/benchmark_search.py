@@ -42,12 +42,12 @@ from microtune.modules.whole_files import whole_file, write_json
 from microtune.recipes.command_line import check_at_least_one, listed, run
 from microtune.recipes.evolve_update_scheme import POPULATION, evolve, good_guesses, make_toolbox
 from microtune.recipes.finalists import train_finalists
-from microtune.recipes.measure_contributions import open_shared_folder
 from microtune.recipes.memory_figures import KIB
 from microtune.recipes.networks import DescribedNetwork
 from microtune.recipes.run_folder import new_folder, plain
 from microtune.recipes.search_setup import Budget, budget_of, make_problem
 from microtune.recipes.search_state import SearchState
+from microtune.recipes.shared_folder import open_shared_folder
 from microtune.recipes.trial_setup import TrialSettings, accuracy, described_by
 from microtune.recipes.workers import Workers
 
@@ -122,7 +122,7 @@ def main(
     if level == "speed":
         return [measure_speed(folders[0], memory, evaluations or 100_000) for memory in ("extra", "peak")]
     out_dir = out_dir or new_folder(Path("runs") / "benchmark_search")
-    open_shared_folder(out_dir, arguments)
+    open_shared_folder(out_dir, arguments, {"out_dir", "processes"})
     common = (trial_steps, final_steps, final_seeds)
     if level == "table":
         names = [str(folder) for folder in folders] + [MADE]

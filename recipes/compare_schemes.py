@@ -31,7 +31,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 import wandb
-import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
@@ -56,8 +55,9 @@ from microtune.recipes.command_line import check_at_least_one, listed, run
 from microtune.recipes.data_sets import DataName, data_module
 from microtune.recipes.memory_figures import KIB, refuse_oversize, scheme_fits
 from microtune.recipes.networks import DescribedNetwork
-from microtune.recipes.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run, write_config
+from microtune.recipes.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run
 from microtune.recipes.search_setup import Budget, budget_of, make_problem
+from microtune.recipes.shared_folder import CLAIMS, open_shared_folder
 from microtune.recipes.training import check_ranges, train
 from microtune.recipes.trial_setup import TrialSettings, described_by
 from microtune.recipes.workers import Workers
@@ -396,27 +396,12 @@ def table_without_gains(described: DescribedNetwork) -> ContributionTable:
 @contextlib.contextmanager
 def opened_folder(out_dir: Path, arguments: dict[str, Any]) -> Iterator[None]:
     """Makes the folder, or checks that the comparison in it is this one; it is this process's in the block."""
-    config, lock = out_dir / "config.yaml", FileLock(out_dir / ".lock", timeout=0)
+    open_shared_folder(out_dir, arguments, MAY_CHANGE)
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        strangers = [] if config.exists() else [path.name for path in out_dir.iterdir() if path.name != ".lock"]
-        if strangers:
-            raise UserError(f"{out_dir} holds {strangers[0]}, but no comparison: give another --out_dir")
-        held = lock.acquire()
+        held = FileLock(out_dir / CLAIMS / "comparison.lock", timeout=0).acquire()
     except Timeout as error:
         raise UserError(f"another process is at the comparison in {out_dir}: wait for it") from error
-    except OSError as error:
-        raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
     with held:
-        if not config.exists():
-            write_config(out_dir, arguments)
-        begun = yaml.safe_load(config.read_text(encoding="utf-8"))
-        for name, value in arguments.items():
-            if name not in MAY_CHANGE and begun.get(name) != value:
-                raise UserError(
-                    f"the comparison in {out_dir} was begun with {name} {begun.get(name)}, not {value}: "
-                    f"go on with --config {config}, or give another --out_dir"
-                )
         yield
 
 

@@ -22,7 +22,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 import wandb
-import yaml
 from filelock import FileLock, Timeout
 
 from microtune.datamodules.progress import progress_bar
@@ -35,7 +34,8 @@ from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_file
 from microtune.recipes.command_line import check_at_least_one, flat, listed, run
 from microtune.recipes.networks import DescribedNetwork
-from microtune.recipes.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run, write_config
+from microtune.recipes.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run
+from microtune.recipes.shared_folder import CLAIMS, check_shared_folder, open_shared_folder
 from microtune.recipes.trial_setup import TrialSettings, described_by, trials
 
 log = logging.getLogger(__name__)
@@ -108,9 +108,9 @@ def main(
     settings = TrialSettings(**options)
     described = described_by(settings)
     updates = updates_to_measure(described, settings.base_depth, layers, numbers(ratios, float), bias_depths)
-    check_shared_folder(out_dir, arguments)
+    check_shared_folder(out_dir, arguments, MAY_CHANGE)
     training = trials(replace(settings, features_dir=settings.features_dir or str(out_dir / "features")))
-    open_shared_folder(out_dir, arguments)
+    open_shared_folder(out_dir, arguments, MAY_CHANGE)
     trained = 0
     total = len(updates) * seeds
     with progress_bar() as progress:
@@ -176,57 +176,6 @@ def chosen_layers(convolutions: Sequence[Convolution], base_depth: int, layers: 
     return [layer for layer in within if layer.name in names]
 
 
-def check_shared_folder(out_dir: Path, arguments: dict[str, Any]) -> None:
-    """Raises ``UserError`` if the folder holds something else than this work, and makes nothing.
-
-    Args:
-        out_dir: Folder of work that several processes share, or that goes on after a stop.
-        arguments: Of the recipe.
-    """
-    config = out_dir / "config.yaml"
-    if config.exists():
-        begun = read_config(config)
-        for name, value in arguments.items():
-            if name not in MAY_CHANGE and name in begun and begun[name] != value:
-                raise UserError(
-                    f"the work in {out_dir} was begun with {name} {begun[name]}, not {value}: "
-                    f"go on with --config {config}, or give another --out_dir"
-                )
-        return
-    try:
-        strangers = [path.name for path in out_dir.iterdir() if path.name not in (".claims", "features")]
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
-    if strangers:
-        raise UserError(f"{out_dir} holds {strangers[0]}, but no config.yaml of this recipe: give another --out_dir")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The arguments that the work in a folder was begun with."""
-    try:
-        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read, it was damaged: give another --out_dir") from error
-    if not isinstance(begun, dict):
-        raise UserError(f"{path} holds no arguments, it was damaged: give another --out_dir")
-    return begun
-
-
-def open_shared_folder(out_dir: Path, arguments: dict[str, Any]) -> None:
-    """Makes the folder and keeps the arguments in it; raises as ``check_shared_folder`` does."""
-    check_shared_folder(out_dir, arguments)
-    try:
-        (out_dir / ".claims").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
-    with FileLock(out_dir / ".claims" / "folder.lock"):
-        check_shared_folder(out_dir, arguments)
-        if not (out_dir / "config.yaml").exists():
-            write_config(out_dir, arguments)
-
-
 def measure(
     updates: Sequence[Update],
     training: TrialTraining,
@@ -262,7 +211,7 @@ def missing_seeds(group: Iterable[Update], known: Sequence[Trial], seeds: int) -
 @contextmanager
 def claim(out_dir: Path, group: int, wait: bool) -> Iterator[bool]:
     """Whether this process may train the group; the system lets go of the claim if the process dies."""
-    lock = FileLock(out_dir / ".claims" / f"{group}.lock")
+    lock = FileLock(out_dir / CLAIMS / f"{group}.lock")
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
@@ -298,7 +247,7 @@ def read_trials(out_dir: Path) -> list[Trial]:
 
 def write_trials(out_dir: Path, made: Sequence[Trial], updates: Sequence[Update], seeds: int) -> None:
     """Adds trials to ``trials.csv``, and writes the rows of ``contributions.csv`` that are complete by now."""
-    with FileLock(out_dir / ".claims" / "trials.lock"):
+    with FileLock(out_dir / CLAIMS / "trials.lock"):
         known = list(dict.fromkeys([*read_trials(out_dir), *made]))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

@@ -175,7 +175,7 @@ def test_something_was_learnt(whole):
 
 
 def test_folder(whole):
-    assert {path.name for path in whole.iterdir()} - {".lock"} == {
+    assert {path.name for path in whole.iterdir()} - {".claims"} == {
         *("config.yaml", "results.csv", "report.json", "comparison.png", "schemes", "runs")
     }
     assert {path.name for path in (whole / "schemes").iterdir()} == {
@@ -296,7 +296,7 @@ def test_another_comparison_in_the_folder_is_refused(changes, message, finished,
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     ended = command(RECIPE, *words, *changes, "--out_dir", finished)
     assert (ended.status, ended.output) == (2, "")
-    assert re.search(f"the comparison in {finished} {message}: go on with --config ", ended.errors), ended.errors
+    assert re.search(f"the work in {finished} {message}: go on with --config ", ended.errors), ended.errors
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
@@ -326,7 +326,7 @@ def test_folder_of_something_else_is_refused(command, words, tmp_path):
     (tmp_path / "out/thesis.txt").write_text("mine")
     ended = command(RECIPE, *words, "--out_dir", tmp_path / "out")
     assert ended.status == 2
-    assert f"{tmp_path}/out holds thesis.txt, but no comparison: give another --out_dir" in ended.errors
+    assert f"{tmp_path}/out holds thesis.txt, but no config.yaml of this recipe: give another --out_dir" in ended.errors
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
     ended = command(RECIPE, *words, "--out_dir", tmp_path / "out/thesis.txt")
     assert ended.status == 2
@@ -334,7 +334,7 @@ def test_folder_of_something_else_is_refused(command, words, tmp_path):
 
 
 def test_folder_of_another_process_is_refused(finished, command, words):
-    with FileLock(finished / ".lock"):
+    with FileLock(finished / ".claims" / "comparison.lock"):
         ended = command(RECIPE, *words, "--out_dir", finished)
     assert ended.status == 2
     assert f"another process is at the comparison in {finished}: wait for it" in ended.errors
