@@ -118,7 +118,8 @@ class TrunkFeatures:
         kept = folder / split
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{split}.lock"):
-            if not kept.exists():
+            were_there = kept.exists()
+            if not were_there:
                 with whole_folder(kept) as partial:
                     features = np.lib.format.open_memmap(
                         partial / "features.npy", mode="w+", dtype=np.float32, shape=self._array_shape(split)
@@ -126,7 +127,7 @@ class TrunkFeatures:
                     np.save(partial / "labels.npy", self._fill(split, features).numpy())
                     features.flush()
         features = np.load(kept / "features.npy", mmap_mode="r", allow_pickle=False)
-        if not self._are_ours(split, features):
+        if were_there and not self._are_ours(split, features):
             raise UserError(f"{kept} holds features of another network or data set: remove {folder}")
         return features, torch.from_numpy(np.load(kept / "labels.npy", allow_pickle=False))
 

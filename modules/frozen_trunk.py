@@ -43,7 +43,8 @@ def cut_network(network: nn.Module, operations: NetworkOperations, bias_depth: i
     rest = copy.deepcopy(network)
     rest.features = rest.features[first:]  # a slice of a Sequential keeps the names of its parts
     trunk = copy.deepcopy(network.features[:first]).eval().requires_grad_(False)
-    return trunk.to(memory_format=torch.channels_last), rest
+    # which is faster, and what ``features_of`` hands on: a network in that order computes the same, to the bit
+    return trunk.to(memory_format=torch.channels_last), rest.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

@@ -484,6 +484,7 @@ def random_search(
     seed: int,
     blind: bool = False,
     score: Callable[[Genome], float] | None = None,
+    stop_at: float = math.inf,
 ) -> SearchResult:
     """Takes the best of random genomes, each repaired: what any other search has to beat.
 
@@ -493,6 +494,7 @@ def random_search(
         seed: Of the draws.
         blind: Repair by throwing out at random and fill nothing.
         score: Instead of the problem's, such as the accuracy after a short training.
+        stop_at: Stop at this score, where none can be higher.
 
     Raises:
         UserError: ``evaluations`` is not positive.
@@ -514,4 +516,6 @@ def random_search(
         if best is None or found > best[0]:
             best = (found, genome)
         best_scores.append(best[0])
-    return SearchResult(best[1], best[0], evaluations, best_scores)
+        if best[0] >= stop_at:
+            break
+    return SearchResult(best[1], best[0], len(best_scores), best_scores)

@@ -49,7 +49,7 @@ class TrialTraining:
         learning_rate: float = 0.0125,
         warmup_fraction: float = 0.1,
     ):
-        self.rest = copy.deepcopy(rest).to(memory_format=torch.channels_last)
+        self.rest = rest
         self.features = features
         self.operations = find_operations(self.rest, features.shape)
         self.fresh_classifier = fresh_classifier

@@ -238,9 +238,9 @@ def search_table(job: Job, problem: SearchProblem) -> dict[str, Any]:
     found = {"evolution": problem.score(tuple(hall[0]))}
     schemes = [tuple(hall[0])]
     for name, blind in (("random", False), ("blind", True)):
-        drawn = random_search(problem, 4 * job.evaluations, job.seed, blind)
+        drawn = random_search(problem, 4 * job.evaluations, job.seed, blind, stop_at=optimum.score)
         schemes.append(drawn.genome)
-        found |= {name: drawn.best_scores[job.evaluations - 1], f"{name}_x4": drawn.score}
+        found |= {name: drawn.best_scores[: job.evaluations][-1], f"{name}_x4": drawn.score}
     return {
         "optimum_score": optimum.score,
         "of_optimum": {name: score / optimum.score for name, score in found.items()},

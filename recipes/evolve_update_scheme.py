@@ -100,8 +100,8 @@ def make_toolbox(problem: SearchProblem) -> base.Toolbox:
 
 def mutate(individual: Individual, problem: SearchProblem) -> tuple[Individual]:
     """Moves memory from one layer to another, draws a ratio anew, or goes some bias depths deeper or less deep."""
-    kind = random.random()
     layers = range(1, len(individual))
+    kind = random.random() if layers else 1.0
     if kind < 0.5:
         lowered = random.choice([layer for layer in layers if individual[layer]] or [0])
         raised = random.choice(layers)
@@ -183,7 +183,7 @@ def evolve(
         children = [Individual(genome) for genome in guesses[:count]] if not state.fitness else []
         known = state.fitness.keys() | {tuple(child) for child in children}
         children += new_children(toolbox, parents, count - len(children), known)
-        if len(children) < LEAST_NEW * count:
+        if not children or (parents and len(children) < LEAST_NEW * count):
             break
         drawn = random.getstate()  # whatever an evaluation draws
         values = list(toolbox.map(toolbox.evaluate, [tuple(child) for child in children]))
@@ -279,6 +279,8 @@ def main(
     table = ContributionTable.load(contributions)
     settings = TrialSettings(resolution=resolution, base_depth=max(1, *table.bias_gains), **options)
     refuse_without_data(settings, fitness, finalists, all_mcus)
+    if all_mcus and (mcu, budget_kib, sram_bytes, flash_bytes, reserve_bytes, memory) != (None,) * 5 + ("peak",):
+        raise UserError("all_mcus takes the budget of each known microcontroller: leave out every other budget")
     described = searched_network(settings, resolution, input_width, in_channels, num_classes)
     check_table(contributions, table, described, allow_missing_layers)
     evaluations, population = evaluations or EVALUATIONS[fitness], population or POPULATION[fitness]
@@ -288,15 +290,15 @@ def main(
     budget = budget_of(memory, budget_kib, mcu, sram_bytes, flash_bytes, reserve_bytes)
     problem = make_problem(described, table, budget)
     optimum = proven_optimum(problem)
-    out_dir = open_run_folder(out_dir, "evolve_update_scheme", resume)
-    if resume:
-        refuse_another_run(out_dir, arguments, None)
-    else:
-        write_config(out_dir, arguments)
-    random.seed(seed)
-    state = SearchState.load(out_dir / "search.json")
-    search_log = SearchLog(logger, out_dir, arguments, table, optimum, problem, evaluations)
-    with Workers(processes, cluster) as workers, search_log:
+    with Workers(processes, cluster) as workers:
+        out_dir = open_run_folder(out_dir, "evolve_update_scheme", resume)
+        if resume:
+            refuse_another_run(out_dir, arguments, None)
+        else:
+            write_config(out_dir, arguments)
+        state = SearchState.load(out_dir / "search.json")
+        state.refuse_another_table(contributions)
+        random.seed(seed)
         toolbox, guesses = make_toolbox(problem), []
         if fitness == "accuracy":
             guesses = good_guesses(problem, optimum, population)
@@ -307,7 +309,9 @@ def main(
             state.save(out_dir / "search.json")
             search_log.generation(state)
 
-        hall = evolve(problem, toolbox, evaluations, population, guesses, state, after_generation)
+        search_log = SearchLog(logger, out_dir, arguments, table, optimum, problem, evaluations)
+        with search_log:
+            hall = evolve(problem, toolbox, evaluations, population, guesses, state, after_generation)
         best, of_finalists = tuple(hall[0]), {}
         if finalists:
             proxies = {tuple(one): one.fitness.values[0] for one in hall[:finalists]}

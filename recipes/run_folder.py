@@ -24,6 +24,7 @@ MOST_CLASSES_SHOWN = 100  # Weights & Biases cuts off a table of more than 200,0
 DEFAULT_FOLDER = "MICROTUNE_RUN_FOLDER"
 # what a resumed run may do differently without ending elsewhere
 MAY_CHANGE = {"resume", "out_dir", "data_dir", "download", "num_workers", "logger", "allow_oversize"}
+MAY_CHANGE |= {"processes", "cluster", "features", "features_limit_mib", "features_dir"}
 
 
 def check_run_folder(out_dir: Path | None, resume: bool) -> None:
@@ -81,7 +82,7 @@ def new_folder(parent: Path) -> Path:
 
 def refuse_another_run(out_dir: Path, arguments: dict[str, Any], scheme: UpdateScheme | None) -> None:
     """Raises ``UserError`` if the run in ``out_dir`` was started with other arguments or another scheme."""
-    started = yaml.safe_load((out_dir / "config.yaml").read_text(encoding="utf-8"))
+    started = read_config(out_dir / "config.yaml")
     for name, value in arguments.items():
         if name not in MAY_CHANGE and name in started and started[name] != value:
             raise UserError(
@@ -91,6 +92,17 @@ def refuse_another_run(out_dir: Path, arguments: dict[str, Any], scheme: UpdateS
     kept = out_dir / "scheme.json"
     if scheme is not None and kept.exists() and UpdateScheme.load(kept) != scheme:
         raise UserError(f"the run in {out_dir} was started with another scheme, {kept}: resume it with that one")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The arguments that a run was begun with."""
+    try:
+        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read, it was damaged: give another --out_dir") from error
+    if not isinstance(begun, dict):
+        raise UserError(f"{path} holds no arguments, it was damaged: give another --out_dir")
+    return begun
 
 
 def make_loggers(name: LoggerName, out_dir: Path, recipe: str) -> list[Logger]:

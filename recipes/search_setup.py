@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import random
 import shlex
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def budget_of(
     """The budget that the command line describes: an MCU by the peak, or kibibytes of either memory."""
     described = mcu is not None or any(size is not None for size in (sram_bytes, flash_bytes, reserve_bytes))
     if budget_kib is not None:
-        if not 0 < budget_kib < math.inf:
+        if not 0 < budget_kib < 1e9:
             raise UserError(f"budget_kib is {budget_kib}: give a positive number of kibibytes")
         if described:
             raise UserError("a microcontroller and budget_kib are two budgets: give one of them")

@@ -4,11 +4,10 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 
 from microtune.modules.user_error import UserError
-from microtune.recipes.run_folder import write_config
+from microtune.recipes.run_folder import read_config, write_config
 
 CLAIMS = ".claims"  # where processes say what they are at
 
@@ -39,17 +38,6 @@ def check_shared_folder(out_dir: Path, arguments: dict[str, Any], may_change: Co
         raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
     if strangers:
         raise UserError(f"{out_dir} holds {strangers[0]}, but no config.yaml of this recipe: give another --out_dir")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The arguments that the work in a folder was begun with."""
-    try:
-        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read, it was damaged: give another --out_dir") from error
-    if not isinstance(begun, dict):
-        raise UserError(f"{path} holds no arguments, it was damaged: give another --out_dir")
-    return begun
 
 
 def open_shared_folder(out_dir: Path, arguments: dict[str, Any], may_change: Container[str]) -> None:

@@ -1,7 +1,5 @@
 """Features kept in memory or on disk, or not kept, are what a trunk makes of the data module's own batches."""
 
-import math
-
 import numpy as np
 import pytest
 import soundfile
@@ -249,7 +247,7 @@ def test_features_on_disk_are_computed_once(trunks, data_of, tmp_path):
     other = TrunkFeatures(second, data_of("digits"), copies=2, keep="disk", folder=tmp_path / "deep/er")
     assert_same(other.training_batches(50, 0, 14), one.training_batches(50, 0, 14))
     assert_same(other.evaluation_batches(), one.evaluation_batches())
-    assert second.samples == 1
+    assert second.samples == 1 + 65 + 58  # the first of each split once more, to see that they are of this network
     assert {path.name for path in (tmp_path / "deep/er").iterdir()} == {"train", "val", "train.lock", "val.lock"}
 
 
@@ -318,9 +316,9 @@ def test_limit(keep, trunks, data_of, tmp_path):
         return
     with pytest.raises(UserError) as refused:
         TrunkFeatures(trunk, data, **arguments | {"folder": tmp_path / "other"}, limit_bytes=size_bytes - 1)
-    mib = math.floor(size_bytes / MIB + 0.5)
     assert str(refused.value) == (
-        f"the features of 3 x 518 training and 58 validation samples take {mib} MiB, more than the limit of {mib} MiB: "
+        f"the features of 3 x 518 training and 58 validation samples take {size_bytes / MIB:,.1f} MiB, more than "
+        f"the limit of {(size_bytes - 1) / MIB:,.4g} MiB: "
         "raise --features_limit_mib, keep fewer --copies, keep them with --features disk, or give --features none to "
         "compute them in every pass"
     )

@@ -514,7 +514,7 @@ MISTAKES = {
     "no seeds": (("--seeds", 0), "seeds is 0: give 1 or more"),
     "none side by side": (("--side_by_side", 0), "side_by_side is 0: give 1 or more"),
     "unknown features": (("--features", "cloud"), "features is .*cloud.*: give one of 'memory', 'disk', 'none'"),
-    "limit": (("--features_limit_mib", 0.01), r"take \d\.\d MiB, more than the limit of 0\.01 MiB: raise --features_limit_mib"),
+    "limit": (("--features_limit_mib", 0.01), r"\d\.\d MiB, more than the limit of 0\.01 MiB: raise --features_limit_mib"),
     "no steps": (("--steps", 0), "steps is 0: give 1 or more"),
     "steps in words": (("--steps", "many"), "steps is many: give a whole number"),
     "no copies": (("--copies", 0), "copies is 0: give 1 or more"),
@@ -572,7 +572,8 @@ def test_a_folder_of_something_else_is_refused(command, words, tmp_path):
     ended = command(RECIPE, *words, "--out_dir", tmp_path / "out")
     assert ended.status == 2
     assert ended.errors == (
-        f"{RECIPE}.py: error: {tmp_path / 'out'} holds thesis.txt, but no config.yaml of this recipe: give another --out_dir\n"
+        f"{RECIPE}.py: error: {tmp_path / 'out'} holds thesis.txt, but no config.yaml of this recipe: "
+        "give another --out_dir\n"
     )
     assert (tmp_path / "out/thesis.txt").read_text() == "mine"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
