@@ -514,7 +514,7 @@ MISTAKES = {
     "no seeds": (("--seeds", 0), "seeds is 0: give 1 or more"),
     "none side by side": (("--side_by_side", 0), "side_by_side is 0: give 1 or more"),
     "unknown features": (("--features", "cloud"), "features is .*cloud.*: give one of 'memory', 'disk', 'none'"),
-    "limit": (("--features_limit_mib", 0.01), r"\d\.\d MiB, more than the limit of 0\.01 MiB: raise --features_limit_mib"),
+    "limit": (("--features_limit_mib", 0.01), r"\d MiB, more than the limit of 0\.01 MiB: raise --features_limit"),
     "no steps": (("--steps", 0), "steps is 0: give 1 or more"),
     "steps in words": (("--steps", "many"), "steps is many: give a whole number"),
     "no copies": (("--copies", 0), "copies is 0: give 1 or more"),
