@@ -3,25 +3,38 @@
 import json
 import shutil
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import wandb
 from PIL import Image
 
-from microtune.modules.microcontrollers import microcontroller
+from microtune.modules.contributions import Contribution, ContributionTable
+from microtune.modules.microcontrollers import Fit, microcontroller
 from microtune.modules.mobilenet_v2 import mobilenet_v2
 from microtune.modules.operations import find_operations
 from microtune.modules.peak_memory import PeakMemory
-from microtune.modules.training_memory import autograd_bytes_per_sample, extra_memory_bytes
+from microtune.modules.training_memory import autograd_bytes_per_sample, extra_memory_bytes, flash_bytes
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.recipes import quickstart
+from microtune.recipes.search_setup import Budget, make_problem
 
-METHODS = ["classifier", "biases", "last_layers", "sub_tensor", "full"]
+METHODS = ["classifier", "biases", "last_layers", "sub_tensor", "full", "evolved"]
 KEYS = {
     *("top1_mean", "top1_std", "extra_memory_bytes", "peak_memory_bytes"),
     *("autograd_bytes_per_sample", "step_seconds", "fits"),
 }
+SHORT = {"PRETRAINING_EPOCHS": 1, "ADAPTATION_EPOCHS": 1, "TRIAL_STEPS": 2, "RATIOS": (1.0,), "EVALUATIONS": 80}
+SCHEMES = sorted((Path(quickstart.__file__).parent / "schemes").glob("*_digits_*.json"))
+# one layer is worth having, another is not
+TABLE = ContributionTable(
+    (
+        Contribution("bias", 48, "", 0.0, 0.03, 0.0, 1),
+        Contribution("weight", 48, "features.7.conv.0.0", 1.0, 0.2, 0.0, 1),
+        Contribution("weight", 48, "features.9.conv.0.0", 1.0, -0.1, 0.0, 1),
+    )
+)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
@@ -30,8 +43,8 @@ def run(tmp_path_factory):
     """One run for all tests: its folder and what it returned."""
     folder = tmp_path_factory.mktemp("quickstart") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "PRETRAINING_EPOCHS", 1)
-        patch.setattr(quickstart, "ADAPTATION_EPOCHS", 1)
+        for name, value in SHORT.items():
+            patch.setattr(quickstart, name, value)
         report = quickstart.main(seeds=1, logger="none", out_dir=folder)
     return SimpleNamespace(folder=folder, report=report)
 
@@ -39,6 +52,11 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def operations():
     return find_operations(mobilenet_v2(0.35, num_classes=5, in_channels=1), (1, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def described():
+    return quickstart.describe_network(0.35, (1, 32, 32), 5, head_convolution=False)
 
 
 def test_report(run):
@@ -80,15 +98,74 @@ def test_picture(run):
     with Image.open(run.folder / "report.png") as image:
         assert (image.format, min(image.size) > 300) == ("PNG", True)
     assert {path.name for path in run.folder.iterdir()} == {
-        *("config.yaml", "report.json", "report.png"),
+        *("config.yaml", "report.json", "report.png", "contributions.csv", "contributions.png"),
         *(f"scheme_{method}.json" for method in METHODS),
     }
+
+
+def test_evolved_scheme_is_the_best_by_the_saved_table(run, described):
+    scheme = UpdateScheme.load(run.folder / "scheme_evolved.json")
+    table = ContributionTable.load(run.folder / "contributions.csv")
+    device = microcontroller("rp2040")
+    problem = make_problem(described, table, Budget("peak", device.budget_bytes, device))
+    found = scheme.provenance
+    assert found == {
+        "command": "uv run recipes/quickstart.py --mcu rp2040",
+        "mcu": "rp2040",
+        "budget_bytes": device.budget_bytes,
+        "score": pytest.approx(problem.score(problem.genome_of(scheme))),
+        "optimum_score": pytest.approx(quickstart.proven_optimum(problem).score),
+    }
+    assert 0.9 * found["optimum_score"] <= found["score"] <= found["optimum_score"] + 1e-12
+
+
+@pytest.mark.parametrize("head_convolution", [False, True])
+def test_evolution_keeps_to_what_gains(head_convolution, capsys):
+    described = quickstart.describe_network(0.35, (1, 32, 32), 5, head_convolution)
+    scheme = quickstart.evolve_scheme(described, TABLE, microcontroller("stm32f411"))
+    assert (scheme.bias_depth, scheme.weights) == (48, {"features.7.conv.0.0": 1.0})
+    assert scheme.provenance["command"].endswith(" --head_convolution true") is head_convolution
+    assert "its gains sum up to 23.0 points, those of the proven optimum to 23.0\n" in capsys.readouterr().out
+
+
+def test_contributions_are_reproducible_and_without_test_images(described, monkeypatch, capsys):
+    for name, value in {**SHORT, "BASE_DEPTH": 6, "BIAS_DEPTHS": "3"}.items():
+        monkeypatch.setattr(quickstart, name, value)
+    monkeypatch.setattr(quickstart.Digits, "test_dataloader", lambda self: pytest.fail("a test image was seen"))
+    tables = [quickstart.measure_contributions(described, described.network.state_dict()) for _ in range(2)]
+    assert tables[0] == tables[1]
+    assert [(row.kind, row.bias_depth, row.layer[:11]) for row in tables[0].rows] == [
+        ("bias", 6, ""),
+        ("bias", 3, ""),
+        ("weight", 6, "features.16"),
+        ("weight", 6, "features.17"),
+    ]
+    assert "measured the gains of 4 updates by 5 trainings of 2 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", SCHEMES, ids=lambda path: path.stem)
+def test_committed_scheme_fits_its_microcontroller(path, operations):
+    scheme = UpdateScheme.load(path)
+    scheme.check(operations.convolutions, "mobilenet_v2-w0.35")
+    device = microcontroller(path.stem.split("_")[-1])
+    fit = Fit(device, PeakMemory(operations).peak_bytes(scheme), flash_bytes(operations, scheme))
+    assert fit.fits
+    assert scheme.weights  # more than biases
+    provenance = scheme.provenance
+    assert (provenance["mcu"], provenance["budget_bytes"]) == (device.name, device.budget_bytes)
+    assert provenance["command"] == f"uv run recipes/quickstart.py --mcu {device.name}"
+    assert provenance["score"] <= provenance["optimum_score"] + 1e-12
+
+
+def test_three_schemes_are_committed():
+    assert len(SCHEMES) == 3
 
 
 def test_mean_and_deviation_over_seeds(monkeypatch, capsys, tmp_path):
     """With training left out: the statistics, the table, and the line that says where everything lies."""
     top1 = {0: 0.5, 1: 0.75, 2: 0.7}
-    monkeypatch.setattr(quickstart, "pretrain", lambda described, on_epoch_end: {})
+    monkeypatch.setattr(quickstart, "pretrain", lambda described: {})
+    monkeypatch.setattr(quickstart, "measure_contributions", lambda described, pretrained: TABLE)
     monkeypatch.setattr(quickstart, "adapt", lambda described, pretrained, scheme, seed: top1[seed])
     report = quickstart.main(seeds=3, logger="none", out_dir=tmp_path / "out")
     for row in report["methods"].values():
@@ -113,14 +190,15 @@ def test_logs_to_weights_and_biases_offline(run, monkeypatch, tmp_path):
     assert [row[0] for row in json.loads(table.read_text())["data"]] == METHODS
     (picture,) = files.glob("media/images/report_*.png")
     assert picture.read_bytes() == (run.folder / "report.png").read_bytes()
+    (picture,) = files.glob("media/images/contributions_*.png")
+    assert picture.read_bytes() == (run.folder / "contributions.png").read_bytes()
 
 
-def test_adaptation_changes_what_its_scheme_updates(run, monkeypatch):
+def test_adaptation_changes_what_its_scheme_updates(run, described, monkeypatch):
     """The network that is tested has a new classifier, the scheme's update, and else the pretrained weights."""
     monkeypatch.setattr(quickstart, "ADAPTATION_EPOCHS", 1)
     monkeypatch.setattr(quickstart, "PRETRAINING_EPOCHS", 1)
-    described = quickstart.describe_network(0.35, (1, 32, 32), 5, head_convolution=False)
-    pretrained = quickstart.pretrain(described, lambda: None)
+    pretrained = quickstart.pretrain(described)
     modules = []
     original = quickstart.Classifier
     monkeypatch.setattr(

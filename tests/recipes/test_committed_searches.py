@@ -1,0 +1,220 @@
+"""The measurements and schemes that come with the package: what the recipes make, and for everyone."""
+
+import hashlib
+import importlib
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import auto_parser
+
+from microtune.modules.contributions import ContributionTable
+from microtune.modules.microcontrollers import MICROCONTROLLERS, microcontroller
+from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.simple_schemes import is_expanding
+from microtune.modules.training_memory import flash_bytes
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.recipes import measure_contributions
+from microtune.recipes.benchmark_search import settings_of_measurement
+from microtune.recipes.command_line import parse
+from microtune.recipes.measure_contributions import contributions_of, numbers, read_trials, updates_to_measure
+from microtune.recipes.networks import DescribedNetwork, describe_network
+
+ROOT = Path(__file__).parents[2]
+MEASUREMENTS = sorted(path.parent for path in (ROOT / "recipes/contributions").glob("*/contributions.csv"))
+SCHEMES = sorted(path for path in (ROOT / "recipes/schemes").glob("*.json") if "lin2022" not in path.name)
+INPUTS = {  # shape, classes and padding of what the data sets' networks read
+    "digits": ((1, 32, 32), 5, "symmetric"),
+    "cifar10": ((3, 96, 96), 10, "keras"),
+    "speech_commands": ((1, 97, 40), 10, "symmetric"),
+}
+NETWORK = r"(?P<network>mobilenet_v2-w(?P<width>\d\.\d+)(?P<head>-head)?)"
+SCHEME_NAME = re.compile(rf"{NETWORK}_(?P<data>{'|'.join(INPUTS)})_(?P<mcu>{'|'.join(MICROCONTROLLERS)})\.json")
+# a slash, drive or home where a path begins, or a folder that only some machines have
+ABSOLUTE_PATH = re.compile(
+    r"""(?:^|[\s"'=:,(\[])(?:/\w|~/|[A-Za-z]:\\)|/(?:home|Users|root|tmp|work|mnt)/""", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a file's name says."""
+
+    network: str
+    width: float
+    head_convolution: bool
+    data: str
+    mcu: str = ""
+
+    @classmethod
+    def of(cls, found: re.Match) -> "Named":
+        parts = found.groupdict()
+        width, head = float(parts["width"]), parts["head"] is not None
+        return cls(parts["network"], width, head, parts["data"], parts.get("mcu", ""))
+
+    def described(self) -> DescribedNetwork:
+        shape, classes, padding = INPUTS[self.data]
+        return described_once(self.width, shape, classes, self.head_convolution, padding)
+
+
+described_once = cache(describe_network)
+
+
+def named_by(path: Path) -> Named:
+    found = SCHEME_NAME.fullmatch(path.name)
+    assert found, f"{path.name} is not <network>_<data set>_<mcu>.json"
+    return Named.of(found)
+
+
+def understood(recipe: str, words: list[str]) -> dict:
+    """The arguments, as the recipe's parser takes them."""
+    main = importlib.import_module(f"microtune.recipes.{recipe}").main
+    return parse(auto_parser(main, as_positional=False, allow_abbrev=False, exit_on_error=False), words).as_dict()
+
+
+def test_measurements_were_found():
+    assert {folder.name for folder in MEASUREMENTS} >= {
+        "mobilenet_v2-w0.35_cifar10",
+        "mobilenet_v2-w0.35_speech_commands",
+    }
+
+
+def test_absolute_paths_are_recognised():
+    for text in ("data_dir: /data", "--weights '/w/x.ckpt'", "a: ~/data", "C:\\data", "b=/x", "../home/me/data"):
+        assert ABSOLUTE_PATH.search(text), text
+    for text in ("data_dir: ../shared/data", "recipes/x.py --data data/cifar", "kind,bias_depth", "1/2"):
+        assert not ABSOLUTE_PATH.search(text), text
+
+
+# ---- measurements
+
+
+@pytest.fixture(params=MEASUREMENTS, ids=lambda folder: folder.name)
+def measurement(request):
+    return request.param
+
+
+@pytest.fixture
+def arguments(measurement):
+    """As the recipe understands its own configuration."""
+    return understood("measure_contributions", ["--config", str(measurement / "config.yaml")])
+
+
+@pytest.fixture
+def described(measurement):
+    """The network that the folder's name says, on the data that it says."""
+    found = re.fullmatch(rf"{NETWORK}_(?P<data>{'|'.join(INPUTS)})", measurement.name)
+    assert found, f"{measurement.name} is not <network>_<data set>"
+    return Named.of(found).described()
+
+
+def test_configuration(measurement, arguments):
+    text = (measurement / "config.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text).keys() <= arguments.keys()
+    assert arguments["out_dir"] is None
+    assert arguments["features_dir"] is None
+    assert measurement.name.endswith(f"_{arguments['data']}")
+    settings = settings_of_measurement(measurement)  # as the benchmark of the search reads it
+    assert vars(settings).items() <= arguments.items()
+
+
+def test_measurement_names_no_machine(measurement):
+    for path in measurement.iterdir():
+        assert not ABSOLUTE_PATH.search(path.read_text(encoding="utf-8")), path
+
+
+def test_table_is_for_its_network(measurement, arguments, described):
+    table = ContributionTable.load(measurement / "contributions.csv")
+    assert table.base_depth == arguments["base_depth"]
+    within = described.operations.convolutions[-table.base_depth :]
+    table.check(described.operations.convolutions, [layer.name for layer in within if is_expanding(layer)])
+
+
+def test_table_is_that_of_its_trials(measurement, arguments, described):
+    """All that the configuration asks for was trained, once each, and gives the table to the last bit."""
+    updates = updates_to_measure(
+        described, arguments["base_depth"], arguments["layers"], numbers(arguments["ratios"], float),
+        arguments["bias_depths"],
+    )  # fmt: skip
+    trials, seeds = read_trials(measurement), arguments["seeds"]
+    made = [(trial.update, trial.seed) for trial in trials]
+    assert set(made) == {(update, seed) for update in updates for seed in range(seeds)}
+    assert len(made) == len(set(made))
+    assert all(0 <= trial.val_top1 <= 1 for trial in trials)
+    assert ContributionTable.load(measurement / "contributions.csv").rows == tuple(
+        contributions_of(trials, updates, seeds)
+    )
+
+
+def test_files_are_what_the_recipe_writes(measurement, tmp_path):
+    """Written anew, nothing changes."""
+    ContributionTable.load(measurement / "contributions.csv").save(tmp_path / "contributions.csv")
+    (tmp_path / measure_contributions.CLAIMS).mkdir()
+    measure_contributions.write_trials(tmp_path, read_trials(measurement), (None, None), 1)
+    for name in ("contributions.csv", "trials.csv"):
+        assert (tmp_path / name).read_bytes() == (measurement / name).read_bytes()
+
+
+# ---- schemes
+
+
+@pytest.fixture(params=SCHEMES, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+def test_name(path):
+    named_by(path)
+
+
+def test_scheme_is_for_its_network(path):
+    scheme, named = UpdateScheme.load(path), named_by(path)
+    assert scheme.network == named.network
+    scheme.check(named.described().operations.convolutions, named.network)
+    assert named.described().name == named.network
+
+
+def test_scheme_fits_its_microcontroller(path):
+    scheme, named = UpdateScheme.load(path), named_by(path)
+    device, operations = microcontroller(named.mcu), named.described().operations
+    peak_bytes = PeakMemory(operations).peak_bytes(scheme)
+    assert peak_bytes <= device.budget_bytes
+    assert flash_bytes(operations, scheme) <= device.flash_bytes
+    provenance = scheme.provenance
+    assert provenance["mcu"] == named.mcu
+    assert provenance["memory"] == "peak"
+    assert provenance["budget_bytes"] == device.budget_bytes
+    assert provenance["found"].get("memory_bytes", peak_bytes) == peak_bytes
+
+
+def test_provenance(path):
+    """The command is one that its recipe understands, for this microcontroller."""
+    provenance, named = UpdateScheme.load(path).provenance, named_by(path)
+    program, run, script, *words = shlex.split(provenance["command"])
+    assert (program, run) == ("uv", "run")
+    assert (ROOT / script).is_file()
+    arguments = understood(Path(script).stem, words)
+    assert arguments["mcu"] == named.mcu
+    assert arguments.get("data") in (named.data, None)
+
+
+def test_table_of_the_provenance(path):
+    """Where the table of the command is here, it is the one that the scheme was made by."""
+    provenance = UpdateScheme.load(path).provenance
+    assert re.fullmatch(r"[0-9a-f]{64}", provenance["contributions_sha256"])
+    words = shlex.split(provenance["command"])
+    if "--contributions" in words:
+        table = ROOT / words[words.index("--contributions") + 1]
+        if table.exists():
+            assert hashlib.sha256(table.read_bytes()).hexdigest() == provenance["contributions_sha256"]
+
+
+def test_scheme_names_no_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert not ABSOLUTE_PATH.search(text)
+    assert not ABSOLUTE_PATH.search(json.dumps(json.loads(text), indent=1))  # escapes undone
