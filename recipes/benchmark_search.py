@@ -24,7 +24,6 @@ from typing import Any, Literal
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,7 +43,7 @@ from microtune.recipes.evolve_update_scheme import POPULATION, evolve, good_gues
 from microtune.recipes.finalists import train_finalists
 from microtune.recipes.memory_figures import KIB
 from microtune.recipes.networks import DescribedNetwork
-from microtune.recipes.run_folder import new_folder, plain
+from microtune.recipes.run_folder import new_folder, plain, read_config
 from microtune.recipes.search_setup import Budget, budget_of, make_problem
 from microtune.recipes.search_state import SearchState
 from microtune.recipes.shared_folder import open_shared_folder
@@ -54,7 +53,7 @@ from microtune.recipes.workers import Workers
 MEASUREMENTS = (
     "recipes/contributions/mobilenet_v2-w0.35_cifar10,recipes/contributions/mobilenet_v2-w0.35_speech_commands"
 )
-EXTRA_BUDGETS_KIB = (16, 32, 48, 64)
+EXTRA_BUDGETS_KIB = (32, 48, 64, 100)
 PEAK_BUDGET = "nrf52840"
 MADE = "made"
 ARMS = ("evolution", "random", "optimum")
@@ -110,15 +109,11 @@ def main(
     """
     arguments = plain(dict(locals()))
     torch.set_num_threads(1)
-    check_at_least_one(
-        evaluations=evaluations, seeds=seeds, trial_steps=trial_steps, final_steps=final_steps, final_seeds=final_seeds
-    )
+    counts = {"evaluations": evaluations, "seeds": seeds, "processes": processes}
+    check_at_least_one(**counts, trial_steps=trial_steps, final_steps=final_steps, final_seeds=final_seeds)
     folders = [Path(name) for name in listed(measurements)]
-    for folder in folders:
-        if not (folder / "contributions.csv").exists() or not (folder / "config.yaml").exists():
-            raise UserError(
-                f"{folder} is no folder of measure_contributions.py: it lacks contributions.csv or config.yaml"
-            )
+    refuse_wrong_folders(folders)
+    budget_of("extra", accuracy_budget_kib, None, None, None, None)
     if level == "speed":
         return [measure_speed(folders[0], memory, evaluations or 100_000) for memory in ("extra", "peak")]
     out_dir = out_dir or new_folder(Path("runs") / "benchmark_search")
@@ -134,15 +129,29 @@ def main(
         cells = itertools.product(range(seeds or 3), map(str, folders), ARMS)
         jobs = [Job(level, name, budget, seed, arm, evaluations or 200, *common) for seed, name, arm in cells]
     results = do_jobs(jobs, str(folders[0]), out_dir, processes)
+    write_json(out_dir / f"{level}_search.json", results)
     if level == "table":
         print_table_level(results)
         draw_table_level(results, out_dir / "table_search.png")
     else:
         print_accuracy_level(results)
         draw_accuracy_level(results, out_dir / "accuracy_search.png")
-    write_json(out_dir / f"{level}_search.json", results)
     print(f"results: {out_dir / f'{level}_search.json'} and .png")
     return results
+
+
+def refuse_wrong_folders(folders: Sequence[Path]) -> None:
+    """Raises ``UserError`` unless there are measurements, each with its table, its arguments and a name of its own."""
+    if not folders:
+        raise UserError("there are no measurements: give folders of measure_contributions.py")
+    names = [folder.name for folder in folders] + [MADE]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two measurements are named {doubled[0]}: rename the folder of one")
+    for folder in folders:
+        for name in ("contributions.csv", "config.yaml"):
+            if not (folder / name).exists():
+                raise UserError(f"{folder} is no folder of measure_contributions.py: it lacks {name}")
+        settings_of_measurement(folder)
 
 
 def measure_speed(folder: Path, memory: Memory, genomes: int) -> dict[str, Any]:
@@ -196,7 +205,7 @@ def do_job(job: Job, first: str, out_dir: Path) -> None:
 
 def settings_of_measurement(folder: Path) -> TrialSettings:
     """The settings of the trials that a folder of ``measure_contributions.py`` was made with."""
-    arguments = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    arguments = read_config(folder / "config.yaml")
     known = TrialSettings.__dataclass_fields__
     return TrialSettings(**{name: value for name, value in arguments.items() if name in known})
 
@@ -204,9 +213,9 @@ def settings_of_measurement(folder: Path) -> TrialSettings:
 def made_table(described: DescribedNetwork, base_depth: int = 36) -> ContributionTable:
     """A table in which greed goes wrong: gains in proportion to bytes, and the best layers only at costly depths.
 
-    In proportion to their bytes, with some noise, no update is better than another per byte (a strongly correlated
-    knapsack, Pisinger 2005, "Where are the hard knapsack problems?"), and only how they add up to the budget counts.
-    The deepest layers gain most, but to reach them the masks and biases of all others must be paid for.
+    They are a fixed part and one in proportion to bytes, with some noise (a strongly correlated knapsack, Pisinger
+    2005, "Where are the hard knapsack problems?"), so that how updates add up to the budget counts. The deepest layers
+    gain most, but to reach them the masks and biases of all others must be paid for.
     """
     draws, operations = random.Random(0), described.operations
     convolutions = operations.convolutions
@@ -243,7 +252,8 @@ def search_table(job: Job, problem: SearchProblem) -> dict[str, Any]:
         found |= {name: drawn.best_scores[: job.evaluations][-1], f"{name}_x4": drawn.score}
     return {
         "optimum_score": optimum.score,
-        "of_optimum": {name: score / optimum.score for name, score in found.items()},
+        # of a table in which nothing that fits gains anything, all have the optimum
+        "of_optimum": {name: score / optimum.score if optimum.score else 1.0 for name, score in found.items()},
         "evaluations": len(state.fitness),
         "processor_seconds": seconds,
         "within_budget": all(problem.fits(genome) for genome in schemes),
@@ -361,14 +371,13 @@ def draw_accuracy_level(results: Sequence[dict[str, Any]], path: Path) -> None:
     colors = {"evolution": "tab:red", "random": "tab:blue", "optimum": "black"}
     for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
         rows = [result for result in results if result["measurement"] == name]
-        most = max(len(row["best_val_top1"]) for row in rows)
         for row in rows:
             curve = [value * 100 for value in row["best_val_top1"]]
             label = row["arm"] if row["seed"] == 0 else None
             if row["arm"] == "optimum":
                 axes.axhline(curve[-1], color="black", linestyle="--", linewidth=0.8, label=label and "table's optimum")
             else:
-                axes.step(range(1, most + 1), curve, where="post", color=colors[row["arm"]], label=label)
+                axes.step(range(1, len(curve) + 1), curve, where="post", color=colors[row["arm"]], label=label)
         axes.set(xlabel="trials", ylabel="best validation accuracy of a trial, %", title=name)
         axes.legend(fontsize=8)
     _save(figure, path)

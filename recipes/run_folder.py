@@ -99,9 +99,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         begun = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read, it was damaged: give another --out_dir") from error
+        raise UserError(f"{path} cannot be read, it was damaged: give another folder") from error
     if not isinstance(begun, dict):
-        raise UserError(f"{path} holds no arguments, it was damaged: give another --out_dir")
+        raise UserError(f"{path} holds no arguments, it was damaged: give another folder")
     return begun
 
 

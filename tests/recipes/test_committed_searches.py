@@ -19,11 +19,17 @@ from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.simple_schemes import is_expanding
 from microtune.modules.training_memory import flash_bytes
 from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes import measure_contributions
 from microtune.recipes.benchmark_search import settings_of_measurement
 from microtune.recipes.command_line import parse
-from microtune.recipes.measure_contributions import contributions_of, numbers, read_trials, updates_to_measure
+from microtune.recipes.measure_contributions import (
+    contributions_of,
+    numbers,
+    read_trials,
+    updates_to_measure,
+    write_trials,
+)
 from microtune.recipes.networks import DescribedNetwork, describe_network
+from microtune.recipes.shared_folder import CLAIMS
 
 ROOT = Path(__file__).parents[2]
 MEASUREMENTS = sorted(path.parent for path in (ROOT / "recipes/contributions").glob("*/contributions.csv"))
@@ -69,6 +75,11 @@ def named_by(path: Path) -> Named:
     found = SCHEME_NAME.fullmatch(path.name)
     assert found, f"{path.name} is not <network>_<data set>_<mcu>.json"
     return Named.of(found)
+
+
+def found_of(provenance: dict) -> dict:
+    """What the search reports, which the quickstart writes beside the rest."""
+    return provenance.get("found", provenance)
 
 
 def understood(recipe: str, words: list[str]) -> dict:
@@ -135,27 +146,28 @@ def test_table_is_for_its_network(measurement, arguments, described):
     table.check(described.operations.convolutions, [layer.name for layer in within if is_expanding(layer)])
 
 
-def test_table_is_that_of_its_trials(measurement, arguments, described):
+@pytest.fixture
+def updates(arguments, described):
+    """What the configuration asks for."""
+    ratios = numbers(arguments["ratios"], float)
+    return updates_to_measure(described, arguments["base_depth"], arguments["layers"], ratios, arguments["bias_depths"])
+
+
+def test_table_is_that_of_its_trials(measurement, arguments, updates):
     """All that the configuration asks for was trained, once each, and gives the table to the last bit."""
-    updates = updates_to_measure(
-        described, arguments["base_depth"], arguments["layers"], numbers(arguments["ratios"], float),
-        arguments["bias_depths"],
-    )  # fmt: skip
     trials, seeds = read_trials(measurement), arguments["seeds"]
     made = [(trial.update, trial.seed) for trial in trials]
     assert set(made) == {(update, seed) for update in updates for seed in range(seeds)}
     assert len(made) == len(set(made))
     assert all(0 <= trial.val_top1 <= 1 for trial in trials)
-    assert ContributionTable.load(measurement / "contributions.csv").rows == tuple(
-        contributions_of(trials, updates, seeds)
-    )
+    rows = ContributionTable.load(measurement / "contributions.csv").rows
+    assert rows == tuple(contributions_of(trials, updates, seeds))
 
 
-def test_files_are_what_the_recipe_writes(measurement, tmp_path):
+def test_files_are_what_the_recipe_writes(measurement, arguments, updates, tmp_path):
     """Written anew, nothing changes."""
-    ContributionTable.load(measurement / "contributions.csv").save(tmp_path / "contributions.csv")
-    (tmp_path / measure_contributions.CLAIMS).mkdir()
-    measure_contributions.write_trials(tmp_path, read_trials(measurement), (None, None), 1)
+    (tmp_path / CLAIMS).mkdir()
+    write_trials(tmp_path, read_trials(measurement), updates, arguments["seeds"])
     for name in ("contributions.csv", "trials.csv"):
         assert (tmp_path / name).read_bytes() == (measurement / name).read_bytes()
 
@@ -187,9 +199,9 @@ def test_scheme_fits_its_microcontroller(path):
     assert flash_bytes(operations, scheme) <= device.flash_bytes
     provenance = scheme.provenance
     assert provenance["mcu"] == named.mcu
-    assert provenance["memory"] == "peak"
+    assert provenance.get("memory", "peak") == "peak"
     assert provenance["budget_bytes"] == device.budget_bytes
-    assert provenance["found"].get("memory_bytes", peak_bytes) == peak_bytes
+    assert found_of(provenance).get("memory_bytes", peak_bytes) == peak_bytes
 
 
 def test_provenance(path):
@@ -203,15 +215,18 @@ def test_provenance(path):
     assert arguments.get("data") in (named.data, None)
 
 
-def test_table_of_the_provenance(path):
-    """Where the table of the command is here, it is the one that the scheme was made by."""
-    provenance = UpdateScheme.load(path).provenance
-    assert re.fullmatch(r"[0-9a-f]{64}", provenance["contributions_sha256"])
-    words = shlex.split(provenance["command"])
-    if "--contributions" in words:
-        table = ROOT / words[words.index("--contributions") + 1]
-        if table.exists():
-            assert hashlib.sha256(table.read_bytes()).hexdigest() == provenance["contributions_sha256"]
+def test_scheme_is_as_good_as_it_says(path):
+    """The table of the command is the one here, and by it the scheme has the score of the provenance."""
+    scheme = UpdateScheme.load(path)
+    found, words = found_of(scheme.provenance), shlex.split(scheme.provenance["command"])
+    assert 0 < found["score"] <= found["optimum_score"] + 1e-12
+    if "--contributions" not in words:  # the recipe measures a table of its own
+        return
+    file = ROOT / words[words.index("--contributions") + 1]
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == scheme.provenance["contributions_sha256"]
+    table = ContributionTable.load(file)
+    gains = [table.weight_gains[layer][ratio] for layer, ratio in scheme.weights.items()]
+    assert found["score"] == pytest.approx(table.bias_gains[scheme.bias_depth] + sum(gains), rel=1e-9)
 
 
 def test_scheme_names_no_machine(path):
