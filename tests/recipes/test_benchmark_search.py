@@ -431,7 +431,7 @@ MISTAKES = {
     "unknown level": (("--level", "luck"), "level is luck: give one of 'table', 'accuracy', 'speed'"),
     "evaluations in words": (("--evaluations", "many"), "evaluations is many: give a whole number"),
     "no measurement": (("--measurements", "nowhere"), "nowhere is no folder of measure_contributions.py: it lacks "
-                       "contributions.csv or config.yaml"),
+                       "contributions.csv"),
     "one of two": (("--measurements", "half,nowhere"), "half is no folder of measure_contributions.py"),
     "no measurement, speed": (("--level", "speed", "--measurements", "half"), "half is no folder of measure_contrib"),
     "none at all": (("--measurements", ","), "measurements"),
