@@ -314,6 +314,22 @@ class SearchProblem:
         found = dict.fromkeys(self._repaired_around(genome, move) for move in moves)
         return [one for one in found if one != genome]
 
+    def from_the_back(self, option: int) -> Genome:
+        """As many of the last candidate layers as fit, each with its ratio number ``option``: the rule of thumb.
+
+        The biases from the first of these layers on are updated, and nothing else is filled.
+
+        Args:
+            option: Of the ratios in ascending order, 0 being none; a layer with fewer takes its highest.
+        """
+        for first in range(len(self.layers) + 1):
+            ratios = [min(option, len(known) - 1) for known in self.ratios[first:]]
+            depth = max(self._first_depth[first:], default=0) if option else 0
+            genome = (depth, *[0] * first, *ratios)
+            if self.fits(genome):
+                return genome
+        return self._start
+
     def scheme(self, genome: Genome, provenance: dict[str, Any] | None = None) -> UpdateScheme:
         """The genome as an update scheme.
 

@@ -44,6 +44,7 @@ from microtune.recipes.search_setup import (
     make_problem,
     provenance_of,
     refuse_without_data,
+    rules_of_thumb,
     searched_network,
 )
 from microtune.recipes.search_state import SearchState
@@ -253,8 +254,8 @@ def main(
         evaluations: Schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
         population: Survivors of a generation; by default 40, or 16 by accuracy.
         trial_seeds: Trainings of each scheme, where fitness is accuracy.
-        finalists: Best schemes to train for longer, beside the table's optimum; the validation split chooses. 0 for
-            none, without data.
+        finalists: Best schemes to train for longer, beside the table's optimum and as many of the last layers as fit;
+            the validation split chooses. 0 for none, without data.
         final_steps: Optimizer steps of these; by default four times those of a trial.
         final_seeds: Trainings of each of these.
         processes: Processes of this machine that train, one thread each.
@@ -315,10 +316,11 @@ def main(
         best, of_finalists = tuple(hall[0]), {}
         if finalists:
             proxies = {tuple(one): one.fitness.values[0] for one in hall[:finalists]}
-            # short trials mislead at times: the table's optimum has its chance in any case
-            of_optimum = optimum.score if fitness == "table" else state.fitness.get(optimum.genome)
-            if of_optimum is not None:
-                proxies.setdefault(optimum.genome, of_optimum)
+            # tables and short trials mislead at times: these have their chance in any case
+            for genome in (optimum.genome, *rules_of_thumb(problem)[:1]):
+                known = problem.score(genome) if fitness == "table" else state.fitness.get(genome)
+                if known is not None:
+                    proxies.setdefault(genome, known)
             steps = final_steps or 4 * settings.steps
             best, of_finalists = train_finalists(problem, proxies, settings, steps, final_seeds, workers)
 

@@ -114,17 +114,18 @@ def refuse_without_data(settings: TrialSettings, fitness: str, finalists: int, a
 def good_guesses(problem: SearchProblem, optimum: Optimum, population: int) -> list[Genome]:
     """What a search by accuracy begins with: the table's optimum, rules of thumb, and neighbours of the optimum.
 
-    The rules give the same ratio to as many of the last layers as fit. They are three quarters of a population at most:
-    the rest is random, so that the table does not decide everything.
+    They are three quarters of a population at most: the rest is random, so that the table does not decide everything.
     """
-    deepest = len(problem.depths) - 1
-    rules = [
-        problem.repair((deepest, *(min(ratio, len(ratios) - 1) for ratios in problem.ratios)))
-        for ratio in range(1, max((len(ratios) for ratios in problem.ratios), default=1))
-    ]
     neighbours = problem.neighbours(optimum.genome)
     random.shuffle(neighbours)
-    return list(dict.fromkeys([optimum.genome, *rules, *neighbours]))[: population * 3 // 4]
+    guesses = [optimum.genome, *rules_of_thumb(problem), *neighbours]
+    return list(dict.fromkeys(guesses))[: population * 3 // 4]
+
+
+def rules_of_thumb(problem: SearchProblem) -> list[Genome]:
+    """As many of the last layers as fit, at each ratio, the highest first; the paper's own schemes are much like it."""
+    highest = max((len(ratios) for ratios in problem.ratios), default=1) - 1
+    return [problem.from_the_back(option) for option in range(highest, 0, -1)]
 
 
 def provenance_of(

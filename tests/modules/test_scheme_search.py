@@ -143,6 +143,24 @@ def test_neighbours_are_distinct_and_fit(drawn):
     assert all(problem.fits(neighbour) and problem.canonical(neighbour) == neighbour for neighbour in neighbours)
 
 
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("option", [0, 1, 99])
+def test_from_the_back_takes_as_many_of_the_last_layers_as_fit(name, option):
+    problem = PROBLEMS[name]
+    genome = problem.from_the_back(option)
+    assert problem.fits(genome)
+    assert problem.canonical(genome) == genome
+    updated = [index for index, ratio in enumerate(genome[1:]) if ratio]
+    assert updated == list(range(len(problem.layers) - len(updated), len(problem.layers)))
+    if option == 0:
+        assert not updated
+    elif 0 < len(updated) < len(problem.layers):
+        one_more = list(genome)
+        one_more[-len(updated) - 1] = min(option, len(problem.ratios[-len(updated) - 1]) - 1)
+        deeper = [problem.canonical((depth, *one_more[1:])) for depth in range(genome[0], len(problem.depths))]
+        assert not any(problem.fits(other) for other in deeper if sum(map(bool, other[1:])) > len(updated))
+
+
 def test_a_neighbour_keeps_its_move():
     """Filling must not undo a lowering, or the neighbours of a full genome would all be the genome itself."""
     problem = PROBLEMS["mobilenet", "peak", 0.4]
