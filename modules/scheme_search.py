@@ -266,7 +266,9 @@ class SearchProblem:
         pairs = zip(self._gains_of_parts, self.canonical(genome), strict=True)
         return float(sum(gains[option] for gains, option in pairs))
 
-    def repair(self, genome: Genome, rng: random.Random | None = None, noise: float = 0.0) -> Genome:
+    def repair(
+        self, genome: Genome, rng: random.Random | None = None, noise: float = 0.0, left_out: float = 0.0
+    ) -> Genome:
         """Makes a genome fit at the least loss of gain per byte, then fills what is left by gain per byte.
 
         Bytes are counted where they matter: freed ones as far as a moment is over the budget, added ones by the largest
@@ -274,14 +276,19 @@ class SearchProblem:
 
         Args:
             genome: Any.
-            rng: Needed with noise.
+            rng: Needed with noise or left_out.
             noise: Each gain is multiplied by exp(noise x a normal draw), anew in each call, so that different fillings
                 come out; the scores stay as they are.
+            left_out: Part of the options that are not filled in, others in each call, so that genomes come out that
+                leave memory unused.
         """
         weights = np.ones(len(self.gains))
         if noise:
             weights = np.exp(noise * np.array([rng.gauss(0, 1) for _ in weights]))
-        return self._repaired(self.canonical(genome), weights, np.ones(len(self.gains), dtype=bool))
+        is_free = np.ones(len(self.gains), dtype=bool)
+        if left_out:
+            is_free = np.array([rng.random() >= left_out for _ in is_free])
+        return self._repaired(self.canonical(genome), weights, is_free)
 
     def blind_repair(self, genome: Genome, rng: random.Random) -> Genome:
         """Throws out weights in random order, then biases, until the genome fits; the gains play no part."""

@@ -1,6 +1,7 @@
 """Trials: short trainings of candidate schemes from one network, judged on the validation split."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,13 +16,16 @@ from microtune.modules.scheme_application import AppliedScheme
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
+log = logging.getLogger(__name__)
+
 
 class TrialTraining:
     """Trains candidate schemes for a number of steps and tells their accuracy on the validation split.
 
-    A trial does what ``Classifier`` and ``SparseUpdate`` do under a Trainer (SGD without momentum, warm-up, cosine),
-    to the bit, but begins behind the frozen trunk and has no Trainer around it, which would take as long again.
-    Candidates of one call train side by side: they share the batches and, where it is not kept, the trunk's work.
+    A trial does what ``Classifier`` and ``SparseUpdate`` do under a Trainer (SGD without momentum, warm-up, cosine), to
+    the bit in batches of 16 samples or more; but it always has a fresh classifier, begins behind the frozen trunk, and
+    has no Trainer around it, which would take as long again. Candidates of one call train side by side: they share the
+    batches and, where it is not kept, the trunk's work.
 
     Args:
         rest: The network behind the trunk, from ``cut_network``.
@@ -74,6 +78,15 @@ class TrialTraining:
             factor = learning_rate_factor(step, self.warmup_steps, self.steps)
             for candidate in candidates:
                 candidate.step(features, labels, self.learning_rate * factor)
+        for scheme, candidate in zip(schemes, candidates, strict=True):
+            if not math.isfinite(candidate.loss):
+                log.warning(
+                    "a trial with bias depth %d and %d weights diverged at learning rate %g, and its accuracy means "
+                    "little: give a smaller --learning_rate",
+                    scheme.bias_depth,
+                    len(scheme.weights),
+                    self.learning_rate,
+                )
         correct = [0] * len(candidates)
         for features, labels in self.features.evaluation_batches(split):
             for index, candidate in enumerate(candidates):
@@ -100,12 +113,15 @@ class _Candidate:
         self.network = network.train()
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trainable, lr=math.nan)
+        self.loss = math.nan
 
     def step(self, features: Tensor, labels: Tensor, learning_rate: float) -> None:
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.network(features), labels).backward()
+        loss = nn.functional.cross_entropy(self.network(features), labels)
+        loss.backward()
         self.optimizer.step()
+        self.loss = float(loss.detach())
 
     @torch.no_grad()
     def correct(self, features: Tensor, labels: Tensor) -> int:

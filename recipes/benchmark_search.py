@@ -1,7 +1,7 @@
 """Judges the search: evolution against the proven optimum and random search, by table and by real training.
 
-    uv run recipes/benchmark_search.py --level table --processes 2
-    uv run recipes/benchmark_search.py --level accuracy --processes 2
+    uv run recipes/benchmark_search.py --level table --processes 2 --out_dir runs/by_table
+    uv run recipes/benchmark_search.py --level accuracy --processes 2 --out_dir runs/by_accuracy
     uv run recipes/benchmark_search.py --level speed
 
 By table: three contribution tables (the two of ``recipes/contributions`` and a made one in which budget and layers
@@ -53,6 +53,7 @@ from microtune.recipes.workers import Workers
 MEASUREMENTS = (
     "recipes/contributions/mobilenet_v2-w0.35_cifar10,recipes/contributions/mobilenet_v2-w0.35_speech_commands"
 )
+# within 16 KiB a dozen schemes are all there is, and every search finds the best
 EXTRA_BUDGETS_KIB = (32, 48, 64, 100)
 PEAK_BUDGET = "nrf52840"
 MADE = "made"
@@ -178,6 +179,8 @@ def do_jobs(jobs: Sequence[Job], first: str, out_dir: Path, processes: int) -> l
             chunk = [job for job in jobs[start : start + processes] if not (out_dir / job.file_name).exists()]
             workers.map(do_job, chunk, [first] * len(chunk), [out_dir] * len(chunk))
             progress.advance(task, processes)
+    if lost := [job.file_name for job in jobs if not (out_dir / job.file_name).exists()]:
+        raise UserError(f"{len(lost)} searches were lost with their workers, such as {lost[0]}: start it again")
     return [json.loads((out_dir / job.file_name).read_text(encoding="utf-8")) for job in jobs]
 
 

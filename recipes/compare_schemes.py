@@ -1,7 +1,7 @@
 """Trains an evolved scheme and simple ones that fit the same budget: real training judges what a search found.
 
     uv run recipes/compare_schemes.py --data cifar10 --data_dir data --weights KERAS_FILE.h5 \\
-        --schemes evolved=scheme.json --memory extra --budget_kib 64
+        --schemes evolved=scheme.json --memory extra --budget_kib 64 --out_dir runs/comparison
 
 All train the whole network on equal terms: the same data, weights, epochs and learning rate, and with the same seeds,
 so that differences are paired. The same command goes on where it was stopped.
@@ -173,8 +173,8 @@ class Judge:
 
 
 def main(
-    schemes: str,
     data: DataName,
+    schemes: str = "",
     rules: str = ",".join(RULES),
     data_dir: Path | None = None,
     data_options: dict[str, Any] | None = None,

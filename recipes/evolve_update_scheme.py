@@ -7,9 +7,11 @@ and a solver's proven optimum stands beside what it finds; with ``--fitness accu
 steps, since gains do not add up.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +53,8 @@ from microtune.recipes.search_state import SearchState
 from microtune.recipes.trial_setup import TrialSettings, accuracies
 from microtune.recipes.workers import Workers
 
+log = logging.getLogger(__name__)
+
 FitnessName = Literal["table", "accuracy"]
 POPULATION = {"table": 40, "accuracy": 16}
 EVALUATIONS = {"table": 5000, "accuracy": 200}
@@ -82,6 +86,8 @@ IMMIGRANTS = 0.1
 CROSSOVER = 0.6
 FILLING_NOISE = 0.5
 MOST_TRIES = 10  # per child, to make one that was not seen before
+HALL_OF_FAME = 100  # places, of which the first are the finalists
+LEFT_OUT = 0.5  # of what could be filled, where filling makes the same of all and schemes are trained
 LEAST_NEW = 0.1  # part of a generation; with fewer the search has seen what it can reach
 
 
@@ -89,6 +95,7 @@ def make_toolbox(problem: SearchProblem) -> base.Toolbox:
     """The operators, which draw from Python's global random numbers as DEAP's own do; fitness is by the table."""
     toolbox = base.Toolbox()
     toolbox.register("repair", lambda genome: Individual(problem.repair(tuple(genome), random, FILLING_NOISE)))
+    toolbox.register("repair_loosely", toolbox.repair)
     toolbox.register("immigrant", lambda: toolbox.repair(problem.random_genome(random)))
     toolbox.register("mate", tools.cxUniform, indpb=0.5)
     toolbox.register("mutate", mutate, problem=problem)
@@ -132,16 +139,18 @@ def survivors(individuals: Sequence[Individual], k: int, per_depth: int) -> list
 def new_children(toolbox: base.Toolbox, parents: Sequence[Individual], count: int, known: set) -> list[Individual]:
     """Children that were not evaluated before; fewer than ``count`` where the search has seen all it can reach."""
     children: dict[Genome, Individual] = {}
-    for _ in range(MOST_TRIES * count):
+    for attempt in range(MOST_TRIES * count):
         if len(children) == count:
             break
+        # where the budget is loose, filling makes the same of all
+        repair = toolbox.repair if attempt < MOST_TRIES * count / 2 else toolbox.repair_loosely
         if not parents or random.random() < IMMIGRANTS:
             child = toolbox.immigrant()
         else:
             child, other = map(toolbox.clone, toolbox.select_parents(parents))
             if random.random() < CROSSOVER:
                 toolbox.mate(child, other)
-            child = toolbox.repair(toolbox.mutate(child)[0])
+            child = repair(toolbox.mutate(child)[0])
         if tuple(child) not in known:
             children.setdefault(tuple(child), child)
     return list(children.values())
@@ -172,7 +181,7 @@ def evolve(
     """
     if state.random_state is not None:
         random.setstate(state.random_state)
-    hall = tools.HallOfFame(population)
+    hall = tools.HallOfFame(max(population, HALL_OF_FAME))
     hall.update([Individual(genome, value) for genome, value in state.fitness.items() if value is not None])
     statistics = tools.Statistics(lambda one: one.fitness.values[0])
     for name, function in (("best", np.max), ("mean", np.mean), ("spread", np.std)):
@@ -185,6 +194,7 @@ def evolve(
         known = state.fitness.keys() | {tuple(child) for child in children}
         children += new_children(toolbox, parents, count - len(children), known)
         if not children or (parents and len(children) < LEAST_NEW * count):
+            log.info("no new schemes come up after %d of %d evaluations", len(state.fitness), evaluations)
             break
         drawn = random.getstate()  # whatever an evaluation draws
         values = list(toolbox.map(toolbox.evaluate, [tuple(child) for child in children]))
@@ -276,15 +286,17 @@ def main(
         evaluations=evaluations, population=population, trial_seeds=trial_seeds, final_steps=final_steps,
         final_seeds=final_seeds,
     )  # fmt: skip
-    check_run_folder(out_dir, resume)
     table = ContributionTable.load(contributions)
     settings = TrialSettings(resolution=resolution, base_depth=max(1, *table.bias_gains), **options)
     refuse_without_data(settings, fitness, finalists, all_mcus)
+    if all_mcus and resume:
+        raise UserError("all_mcus takes less than a minute or two and is not resumed: leave --resume out")
     if all_mcus and (mcu, budget_kib, sram_bytes, flash_bytes, reserve_bytes, memory) != (None,) * 5 + ("peak",):
         raise UserError("all_mcus takes the budget of each known microcontroller: leave out every other budget")
     described = searched_network(settings, resolution, input_width, in_channels, num_classes)
     check_table(contributions, table, described, allow_missing_layers)
     evaluations, population = evaluations or EVALUATIONS[fitness], population or POPULATION[fitness]
+    check_run_folder(out_dir, resume)
     if all_mcus:
         return search_all_mcus(described, table, evaluations, population, seed, out_dir, arguments)
 
@@ -293,6 +305,7 @@ def main(
     optimum = proven_optimum(problem)
     with Workers(processes, cluster) as workers:
         out_dir = open_run_folder(out_dir, "evolve_update_scheme", resume)
+        settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
         if resume:
             refuse_another_run(out_dir, arguments, None)
         else:
@@ -303,8 +316,12 @@ def main(
         toolbox, guesses = make_toolbox(problem), []
         if fitness == "accuracy":
             guesses = good_guesses(problem, optimum, population)
-            trial = partial(accuracies, workers, settings, problem, tuple(range(trial_seeds)))
-            toolbox.register("map", lambda _, genomes: trial(genomes))
+            seeds = tuple(range(seed * trial_seeds, (seed + 1) * trial_seeds))
+            toolbox.register("map", lambda _, genomes: accuracies(workers, settings, problem, seeds, genomes))
+            toolbox.register(
+                "repair_loosely",
+                lambda genome: Individual(problem.repair(tuple(genome), random, FILLING_NOISE, LEFT_OUT)),
+            )
 
         def after_generation(state: SearchState) -> None:
             state.save(out_dir / "search.json")

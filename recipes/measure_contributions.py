@@ -1,6 +1,7 @@
 """Measures how much accuracy each bias depth and each layer's update buys: the table that a search goes by.
 
-    uv run recipes/measure_contributions.py --data cifar10 --data_dir data --weights KERAS_FILE.h5
+    uv run recipes/measure_contributions.py --data cifar10 --data_dir data --weights KERAS_FILE.h5 \\
+        --out_dir runs/contributions
 
 Every row is a few short fine-tunings (Lin et al. 2022, section 2.2). What lies before the base depth is frozen in all
 of them, so its output is computed once and kept. The same command goes on where it was stopped, and started twice with
@@ -191,7 +192,7 @@ def measure(
         claimed = False
         for group in missing:
             # the references are in every gain: wait for whoever is at them
-            with claim(out_dir, groups.index(group), wait=group is groups[0]) as is_mine:
+            with claim(out_dir, group[0], wait=group is groups[0]) as is_mine:
                 for seed in missing_seeds(group, read_trials(out_dir), seeds) if is_mine else ():
                     claimed = True
                     top1 = training.accuracies([update.scheme(network) for update in group], seed)
@@ -209,9 +210,9 @@ def missing_seeds(group: Iterable[Update], known: Sequence[Trial], seeds: int) -
 
 
 @contextmanager
-def claim(out_dir: Path, group: int, wait: bool) -> Iterator[bool]:
-    """Whether this process may train the group; the system lets go of the claim if the process dies."""
-    lock = FileLock(out_dir / CLAIMS / f"{group}.lock")
+def claim(out_dir: Path, first: Update, wait: bool) -> Iterator[bool]:
+    """Whether this process may train the group that begins so; the system lets go of the claim if the process dies."""
+    lock = FileLock(out_dir / CLAIMS / f"{first.bias_depth}-{first.layer}-{first.ratio:g}.lock")
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
@@ -316,7 +317,7 @@ def log_to_wandb(logger: LoggerName, table: ContributionTable, out_dir: Path, ar
         return
     experiment = wandb_run(make_loggers(logger, out_dir, "measure_contributions"))
     if experiment is not None:
-        experiment.config.update({"arguments": arguments})
+        experiment.config.update({"arguments": arguments}, allow_val_change=True)
         columns = list(Contribution.__dataclass_fields__)
         rows = [list(astuple(row)) for row in table.rows]
         picture = wandb.Image(str(out_dir / "contributions.png"))

@@ -17,6 +17,7 @@ from microtune.modules.simple_schemes import is_expanding
 from microtune.modules.user_error import UserError
 from microtune.recipes.memory_figures import KIB, what_would_fit
 from microtune.recipes.networks import DescribedNetwork, describe_network
+from microtune.recipes.run_folder import read_config
 from microtune.recipes.trial_setup import TrialSettings, described_by
 
 
@@ -131,18 +132,25 @@ def rules_of_thumb(problem: SearchProblem) -> list[Genome]:
 def provenance_of(
     recipe: str, arguments: dict[str, Any], contributions: Path, budget: Budget, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that made a scheme: the command, the table's contents, the budget, and what the search found.
+    """Everything that made a scheme: the commands, the table's contents, the budget, and what the search found.
 
-    The command leaves out what does not decide the outcome, and what is None by default.
+    The command leaves out what does not decide the outcome, and what is None by default. Where the table lies in the
+    folder of its measurement, the arguments of that are kept too.
     """
+    left_out = {"out_dir", "resume", "logger", "processes", "cluster", "features", "features_limit_mib", "features_dir"}
+    if arguments.get("data") is None:  # nothing is trained
+        left_out |= TrialSettings.__dataclass_fields__.keys() - {"width", "head_convolution", "resolution"}
+        left_out |= {"trial_seeds", "final_steps", "final_seeds"}
     words = [f"recipes/{recipe}.py"]
     for name, value in arguments.items():
-        if value is not None and value != {} and name not in ("out_dir", "resume", "logger"):
+        if value is not None and value != {} and name not in left_out:
             words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     device = budget.microcontroller
+    config = contributions.parent / "config.yaml"
     return {
         "command": "uv run " + shlex.join(words),
         "contributions_sha256": hashlib.sha256(contributions.read_bytes()).hexdigest(),
+        "contributions_arguments": read_config(config) if config.exists() else None,
         "memory": budget.memory,
         "mcu": None if device is None else device.name,
         "budget_bytes": budget.size_bytes,

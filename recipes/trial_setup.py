@@ -46,7 +46,7 @@ class TrialSettings:
         learning_rate: At its highest; by default 0.1 / 256 x batch_size (Lin et al.).
         copies: How many augmentations of every training sample there are at most.
         features: Where the trunk's output is kept: memory, disk or none.
-        features_limit_mib: What may be kept.
+        features_limit_mib: What may be kept, in each process.
         features_dir: Folder of what is kept on disk; by default in the run's folder.
 
     Raises:

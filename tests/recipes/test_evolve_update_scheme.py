@@ -438,7 +438,7 @@ def test_rank_correlation_is_that_of_proxy_and_longer_training(judged):
 def test_finalists_of_a_search_by_the_table(trained, small, tmp_path):
     words = ("--data", "digits", "--evaluations", 60, "--finalists", 3, "--final_steps", 7)
     found = call(*small, *words, "--out_dir", tmp_path / "out")
-    assert [(one.settings.steps, len(one.schemes)) for one in trained.calls] == [(7, 4)] * 3  # the optimum among them, the rule beside them
+    assert [(one.settings.steps, len(one.schemes)) for one in trained.calls] == [(7, 4)] * 3  # with the rule
     assert [one["proxy"] for one in found.report["finalists"]] == [
         pytest.approx(one["table_score"]) for one in found.report["finalists"]
     ]
