@@ -4,7 +4,8 @@
         --schemes evolved=scheme.json --memory extra --budget_kib 64 --out_dir runs/comparison
 
 All train the whole network on equal terms: the same data, weights, epochs and learning rate, and with the same seeds,
-so that differences are paired. The same command goes on where it was stopped.
+so that differences are paired. The same command goes on where it was stopped. Two epochs on 5,850 images at 96 px take
+half a minute on one core of an AMD EPYC.
 """
 
 import contextlib

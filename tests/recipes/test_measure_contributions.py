@@ -34,6 +34,7 @@ ALL += ("features.17.conv.0.0", "features.17.conv.1.0", "features.17.conv.2")
 RATIOS = (0.25, 1.0)
 ROWS = [("bias", "6", "", ""), ("bias", "2", "", ""), ("bias", "4", "", "")]
 ROWS += [("weight", "6", layer, str(ratio)) for layer in EXPANDING for ratio in RATIOS]
+GROUPS = [("bias", "0", "", ""), *ROWS[1::4]]  # the first update of each, four side by side
 TRIALS = 2 * (len(ROWS) + 1)  # of two seeds; the classifier alone is no row
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -90,6 +91,12 @@ def one_picture(whole, monkeypatch):
     monkeypatch.setattr("microtune.recipes.measure_contributions.draw_contributions", lambda *_: None)
 
 
+def claim_on(out_dir, group):
+    """The file that is locked by the process that trains this group."""
+    _, depth, layer, ratio = GROUPS[group]
+    return out_dir / f".claims/{depth}-{layer}-{float(ratio or 0):g}.lock"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def children(start_recipe, words, tmp_path_factory):
     """Two processes that wait for the claim on the references, as it takes long to import everything; and the claim."""
@@ -97,7 +104,7 @@ def children(start_recipe, words, tmp_path_factory):
     for name in ("killed", "shared"):
         out_dir = tmp_path_factory.mktemp(name) / "out"
         (out_dir / ".claims").mkdir(parents=True)
-        claim = FileLock(out_dir / ".claims/0.lock")
+        claim = FileLock(claim_on(out_dir, 0))
         claim.acquire()
         started[name] = (start_recipe(RECIPE, *words, "--out_dir", out_dir), out_dir, claim)
     yield started
@@ -345,7 +352,7 @@ def test_stopped_between_the_last_trial_and_the_table(rows, whole, finished, mea
 def test_two_processes_share_the_work(children, whole, measure):
     """The last group is kept from both for a while, so that both are at it to the end."""
     child, out_dir, claim = children["shared"]
-    last = FileLock(out_dir / f".claims/{1 + (len(ROWS) - 2) // 4}.lock", thread_local=False)
+    last = FileLock(claim_on(out_dir, -1), thread_local=False)
     last.acquire()
     timer = threading.Timer(1.5, last.release)
     timer.start()
@@ -364,7 +371,7 @@ def test_what_another_process_is_at_is_left_to_it(whole, finished, measure, monk
     """It makes the rest first, then waits; if the other one dies, what it was at is made too."""
     lines = (finished / "trials.csv").read_text().splitlines(keepends=True)
     (finished / "trials.csv").write_text("".join(lines[:5]))
-    other = FileLock(finished / ".claims/2.lock")
+    other = FileLock(claim_on(finished, 2))
     other.acquire()
     waited = []
 
@@ -382,7 +389,7 @@ def test_a_process_does_not_wait_for_another_where_the_references_are_known(whol
     """The first group that is missing is being trained by another process; there is more to do than that."""
     lines = (finished / "trials.csv").read_text().splitlines(keepends=True)
     (finished / "trials.csv").write_text("".join(lines[:5]))
-    other = FileLock(finished / ".claims/1.lock")
+    other = FileLock(claim_on(finished, 1))
     other.acquire()
     original, blocking = FileLock.acquire, []
 
