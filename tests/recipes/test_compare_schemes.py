@@ -268,7 +268,9 @@ def test_stopped_and_begun_again(whole, finished, command, words, interrupt):
 
 def test_results_are_written_as_soon_as_they_are_known(arguments, pretended, tmp_path):
     """By the watcher, while others train."""
-    trainings = compare_schemes.trainings_of({"evolved": [tmp_path / "evolved.json"] * 2}, 16, 0.1, False, tmp_path)
+    trainings = compare_schemes.trainings_of(
+        {"evolved": [tmp_path / "evolved.json"] * 2}, 16, {"evolved": 0.1}, False, tmp_path
+    )
     EVOLVED.save(tmp_path / "evolved.json")
     with compare_schemes.watched(trainings, judge_of(budget_kib=64), tmp_path, every_seconds=0.01):
         compare_schemes.train_once(trainings[0], {"name": "digits", "data_dir": None, "weights": "none",
@@ -629,3 +631,26 @@ def test_wrong_input(mistake, command, words, tmp_path, monkeypatch):
 def test_pairs():
     assert named_files(" a=b.json, c-1=d/e=f.json ,") == {"a": "b.json", "c-1": "d/e=f.json"}
     assert named_files("") == {}
+
+
+def test_schemes_may_have_learning_rates_of_their_own(tmp_path):
+    files = {"evolved": [tmp_path / "a.json"], "biases": [tmp_path / "b.json"]}
+    rates = {"evolved": 0.01, "biases": 0.01} | compare_schemes.own_rates("biases=0.05", list(files))
+    trainings = compare_schemes.trainings_of(files, 20, rates, True, tmp_path)
+    assert [(one.scheme, one.learning_rate) for one in trainings] == [
+        ("evolved", 0.01), ("evolved, batch 1", 0.01 / 20), ("biases", 0.05),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bias=0.05", "learning_rates names 'bias', which is not compared: give one of evolved, biases"),
+        ("biases=fast", "learning_rates has 'biases=fast': give name=rate with a positive number, as in biases=0.05"),
+        ("biases=0", "learning_rates has 'biases=0': give name=rate with a positive number"),
+        ("biases", "learning_rates has 'biases': give name=rate with a positive number"),
+    ],
+)
+def test_wrong_learning_rates(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        compare_schemes.own_rates(text, ["evolved", "biases"])
