@@ -161,6 +161,15 @@ def test_from_the_back_takes_as_many_of_the_last_layers_as_fit(name, option):
         assert not any(problem.fits(other) for other in deeper if sum(map(bool, other[1:])) > len(updated))
 
 
+def test_what_is_left_out_makes_genomes_differ_where_all_fits():
+    problem = PROBLEMS["mobilenet", "extra", 1.0]
+    rng = random.Random(0)
+    filled = {problem.repair(problem.random_genome(rng), rng, 0.5) for _ in range(50)}
+    loose = {problem.repair(problem.random_genome(rng), rng, 0.5, left_out=0.5) for _ in range(50)}
+    assert len(loose) > 2 * len(filled)
+    assert all(problem.fits(genome) for genome in loose)
+
+
 def test_a_neighbour_keeps_its_move():
     """Filling must not undo a lowering, or the neighbours of a full genome would all be the genome itself."""
     problem = PROBLEMS["mobilenet", "peak", 0.4]

@@ -242,6 +242,12 @@ def test_a_trunk_that_ends_at_a_block_allows_the_whole_block(network):
         training.accuracies([UpdateScheme(NAME, 4)], seed=0)
 
 
+def test_a_diverged_trial_is_said(network, caplog):
+    training = training_of(network, epochs=1, learning_rate=1e30)
+    training.accuracies([UpdateScheme(NAME, 3)], seed=0)
+    assert "a trial with bias depth 3 and 0 weights diverged at learning rate 1e+30" in caplog.text
+
+
 # ---- by settings
 
 

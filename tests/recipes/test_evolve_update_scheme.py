@@ -399,6 +399,14 @@ def test_search_by_accuracy_starts_with_the_optimum_of_the_table(judged, small_t
     assert max(scores) == scores[0] == pytest.approx(judged.report["optimum_score"])
 
 
+def test_search_by_accuracy_goes_on_where_everything_fits(small_table, tmp_path, monkeypatch):
+    """Filling then makes the same of all genomes, and only what is left unfilled differs."""
+    in_place_of_training(monkeypatch)
+    words = ("--contributions", small_table, "--memory", "extra", "--budget_kib", 10_000, "--fitness", "accuracy")
+    words += ("--data", "digits", "--resolution", 32, "--evaluations", 60, "--population", 8, "--finalists", 0)
+    assert call(*words, "--logger", "none", "--out_dir", tmp_path / "out").report["evaluations"] == 60
+
+
 def test_search_by_accuracy_trains_every_scheme_once_within_the_budget(judged):
     schemes = [scheme for one in judged.trials for scheme in one.schemes]
     assert len(schemes) == judged.report["evaluations"] == 40
@@ -650,6 +658,12 @@ def test_all_mcus_have_a_scheme_within_their_budget(all_mcus):
         assert rows[name]["budget_bytes"] == MICROCONTROLLERS[name].budget_bytes
         assert rows[name]["score"] <= rows[name]["optimum_score"] + 1e-12
     assert 0 < len(fitting) < len(rows)
+
+
+def test_all_mcus_are_not_resumed(all_mcus, small, command):
+    ended = command(RECIPE, *small[: small.index("--memory")], "--all_mcus", "--resume", "--out_dir", all_mcus)
+    assert ended.status == 2
+    assert "is not resumed: leave --resume out" in ended.errors
 
 
 def test_mcus_that_are_too_small_are_told_the_resolution_that_would_do(all_mcus):
