@@ -140,11 +140,12 @@ def survivors(individuals: Sequence[Individual], k: int, per_depth: int) -> list
 def new_children(toolbox: base.Toolbox, parents: Sequence[Individual], count: int, known: set) -> list[Individual]:
     """Children that were not evaluated before; fewer than ``count`` where the search has seen all it can reach."""
     children: dict[Genome, Individual] = {}
-    for attempt in range(MOST_TRIES * count):
+    tries = MOST_TRIES * max(count, 20)  # also for the few that are left at the end
+    for attempt in range(tries):
         if len(children) == count:
             break
         # where the budget is loose, filling makes the same of all
-        repair = toolbox.repair if attempt < MOST_TRIES * count / 2 else toolbox.repair_loosely
+        repair = toolbox.repair if attempt < tries / 2 else toolbox.repair_loosely
         if not parents or random.random() < IMMIGRANTS:
             child = toolbox.immigrant()
         else:
