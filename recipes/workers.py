@@ -158,7 +158,11 @@ class Workers:
             pool = self._executor
             try:
                 future = pool.submit(_evaluate, task)
-            except (BrokenProcessPool, OSError):  # OSError: broken in the middle of submit
+            except (
+                BrokenProcessPool,
+                OSError,
+                ValueError,
+            ):  # the last two: broken in the middle of submit, its pipes closed
                 if not pool._broken:
                     raise
         if pool._broken:  # by a process that died meanwhile; Python 3.11's pool may never say so of this evaluation
