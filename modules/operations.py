@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from microtune.modules.quantized_layers import QuantizedAddition, QuantizedConv2d, QuantizedInput, QuantizedMean
 from microtune.modules.user_error import UserError
 
 
@@ -71,6 +72,7 @@ class Operation:
         activation: PyTorch's name of the non-linearity on its output, such as ``"hardtanh"`` (ReLU6) or ``"relu"``.
         activation_is_module: Whether an ``nn.ReLU`` or ``nn.ReLU6`` computes it, for which there is a version that
             stores a mask.
+        is_quantized: Whether it is int8 and its output saturates, of which PyTorch keeps a mask.
     """
 
     kind: Literal["convolution", "addition", "mean", "max_pool", "linear", "other"]
@@ -80,6 +82,7 @@ class Operation:
     layer: int | None = None
     activation: str | None = None
     activation_is_module: bool = False
+    is_quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,15 @@ KINDS: dict[str, Literal["convolution", "addition", "mean", "max_pool", "linear"
 }
 
 
+# what a device does in one operation takes several here, which are not noted one by one; an input is made before it
+QUANTIZED_KINDS = {
+    QuantizedConv2d: "convolution",
+    QuantizedAddition: "add",
+    QuantizedMean: "mean",
+    QuantizedInput: "clone",
+}
+
+
 class _Recorder(TorchDispatchMode):
     """Notes every operation and which activations it reads and writes."""
 
@@ -131,6 +143,7 @@ class _Recorder(TorchDispatchMode):
         self.index_of_storage: dict[int, int] = {}
         self.before_activation: dict[int, str] = {}  # storages whose value only the activation may read
         self.keep_alive: list[Any] = [list(parameters)]  # a storage's address is its identity only while it lives
+        self.inside: nn.Module | None = None  # the int8 layer that is running
         self._new_tensor(sample)
 
     def _new_tensor(self, tensor: Tensor) -> int:
@@ -144,6 +157,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if self.inside is not None:
+            return result
         flat = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
         tensors = [a for a in flat if isinstance(a, Tensor)]
         pairs = [(t, self.index_of_storage.get(t.untyped_storage().data_ptr())) for t in tensors]
@@ -155,6 +170,14 @@ class _Recorder(TorchDispatchMode):
         if activations and isinstance(output, Tensor):
             self._record(func.overloadpacket.__name__.removesuffix("_"), activations, output)
         return result
+
+    def leave(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Notes an int8 layer as one operation."""
+        self.inside = None
+        activations = [(tensor, self.index_of_storage[tensor.untyped_storage().data_ptr()]) for tensor in inputs]
+        self._record(QUANTIZED_KINDS[type(module)], activations, output)
+        if type(module) in (QuantizedConv2d, QuantizedAddition):
+            self.operations[-1] = replace(self.operations[-1], is_quantized=True)
 
     def _record(self, op: str, activations: list[tuple[Tensor, int]], output: Tensor) -> None:
         inputs = tuple(index for _, index in activations)
@@ -258,6 +281,10 @@ def find_operations(network: nn.Module, input_shape: tuple[int, int, int]) -> Ne
         if isinstance(module, nn.Conv2d | nn.Linear) or type(module) in (nn.ReLU, nn.ReLU6):
             hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: recorder.current.append((name, m))))
             hooks.append(module.register_forward_hook(lambda *_: recorder.current.pop() and None))
+        if type(module) in QUANTIZED_KINDS:
+            hooks.append(module.register_forward_pre_hook(lambda m, _: setattr(recorder, "inside", m)))
+            # before the hook above, which forgets the layer's name
+            hooks.append(module.register_forward_hook(lambda *call: recorder.leave(*call), prepend=True))
     try:
         with evaluation_mode(network), recorder:
             network(sample)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from microtune.modules.batch_norm_folding import find_batch_norm
 from microtune.modules.operations import Convolution, NetworkOperations
+from microtune.modules.quantized_layers import QuantizedConv2d
 from microtune.modules.subtensor import MaskedReLU, SubTensorConv2d, by_input_channel, has_subtensor_version
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
@@ -79,7 +80,12 @@ class AppliedScheme:
         layer = self.network.get_submodule(name)
         channels = self.channels.get(name, [])
         is_whole = len(channels) == in_channels
-        if method == "sub_tensor" and not is_whole and has_subtensor_version(layer):
+        # autograd's own version of a whole update is as good, but not of int8, where it keeps floats
+        if (
+            method == "sub_tensor"
+            and has_subtensor_version(layer)
+            and (isinstance(layer, QuantizedConv2d) or not is_whole)
+        ):
             replacement = SubTensorConv2d(layer, channels, train_bias=True)
             # a module may be known by several names, and be called by any of them
             for other, module in list(self.network.named_modules(remove_duplicate=False)):

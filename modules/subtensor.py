@@ -8,6 +8,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from microtune.modules.quantized_layers import QuantizedConv2d, saturate, where_not
+
 
 def by_input_channel(weight: Tensor, groups: int) -> Tensor:
     """A convolution's weight with its input channels first, as a view.
@@ -26,7 +28,7 @@ def by_input_channel(weight: Tensor, groups: int) -> Tensor:
 
 def has_subtensor_version(convolution: nn.Conv2d) -> bool:
     """Whether ``SubTensorConv2d`` computes what this convolution computes; it would not call a user's hooks."""
-    plain = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros"
+    plain = type(convolution) in (nn.Conv2d, QuantizedConv2d) and convolution.padding_mode == "zeros"
     hooks = (
         convolution._forward_hooks,
         convolution._forward_pre_hooks,
@@ -42,6 +44,7 @@ class SubTensorConv2d(nn.Module):
     Nothing of the input is stored for backward but the ``k`` channels whose weights are trained, and only that slice
     of the weight gradient is computed (Lin et al. 2022, section 2.2). The slice is a parameter of its own, so that
     gradient and optimizer state have its size; ``state_dict`` holds the plain ``weight`` and ``bias`` of ``nn.Conv2d``.
+    Of an int8 convolution, what is stored are the int8 integers and where the output saturated.
 
     Args:
         convolution: What to replace; its parameters are taken over, not copied. ``has_subtensor_version`` must hold.
@@ -107,9 +110,17 @@ class SubTensorConv2d(nn.Module):
         """Of shape (N, in, H, W), to (N, out, H', W')."""
         self.write_slice()
         bias_needs_gradient = self.bias is not None and self.bias.requires_grad
-        if not torch.is_grad_enabled() or not (x.requires_grad or self.channels or bias_needs_gradient):
-            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.channels or bias_needs_gradient)
         settings = (self.stride, self.padding, self.dilation, self.groups)
+        convolution = self.convolution[0]
+        if isinstance(convolution, QuantizedConv2d):
+            if not needs_gradient:
+                return convolution.saturated(x, self.weight, self.bias)
+            return _SubTensorQuantizedConvolution.apply(
+                x, self.weight_slice, self.bias, self.weight.detach(), self.channels, self.channel_index, convolution
+            )
+        if not needs_gradient:
+            return F.conv2d(x, self.weight, self.bias, *settings)
         return _SubTensorConvolution.apply(
             x, self.weight_slice, self.bias, self.weight.detach(), self.channels, self.channel_index, settings
         )
@@ -158,6 +169,45 @@ class _SubTensorConvolution(torch.autograd.Function):
             grad_slice = grad_slice.to(weight_slice.dtype)
         if wanted[2]:
             grad_bias = gradient.sum((0, 2, 3), dtype=ctx.weight.dtype)
+        return grad_input, grad_slice, grad_bias, None, None, None, None
+
+
+class _SubTensorQuantizedConvolution(torch.autograd.Function):
+    """An int8 convolution that keeps for backward, as int8, the channels in ``channels`` of its input, and a mask."""
+
+    @staticmethod
+    def forward(ctx, x, weight_slice, bias, weight, channels, channel_index, layer):
+        weight = weight.round()
+        output, saturated = saturate(layer.rounded(x, weight, bias.round()), layer.low, layer.high)
+        kept = None
+        if channels:
+            kept = x if len(channels) == x.shape[1] else x.index_select(1, channel_index)
+            kept = (kept + layer.description.input.zero_point).to(torch.int8)
+        ctx.channels, ctx.layer, ctx.weight, ctx.input_shape = channels, layer, weight, x.shape
+        ctx.save_for_backward(kept, weight_slice, saturated)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        kept, _, saturated = ctx.saved_tensors
+        layer, wanted = ctx.layer, ctx.needs_input_grad
+        settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        scale = layer.effective_scale.flatten()
+        gradient = where_not(saturated, gradient)
+        grad_input = grad_slice = grad_bias = None
+        if wanted[0]:
+            left, right, top, bottom = layer.outer_padding or (0, 0, 0, 0)
+            count, channels, height, width = ctx.input_shape
+            shape = (count, channels, height + top + bottom, width + left + right)
+            grad_input = conv2d_input(shape, ctx.weight * scale.view(-1, 1, 1, 1), gradient, *settings)
+            grad_input = grad_input[:, :, top : top + height, left : left + width]
+        if wanted[1]:
+            kept = layer.padded(kept.to(gradient.dtype).sub_(layer.description.input.zero_point))
+            grad_slice = _slice_gradient(kept, gradient, ctx.channels, ctx.weight.shape, settings)
+            grad_slice *= layer.of_slice(scale, ctx.channels)
+        if wanted[2]:
+            grad_bias = gradient.sum((0, 2, 3)) * scale
         return grad_input, grad_slice, grad_bias, None, None, None, None
 
 

@@ -165,7 +165,7 @@ def _kept_storages(
     read, written = operation.inputs[0], operation.output
     read_bytes = math.prod(operations.tensors[read]) * bytes_per_element
     out_elements = math.prod(operations.tensors[written])
-    if operation.activation_is_module:
+    if operation.activation_is_module or operation.is_quantized:
         yield ("mask", operation.name), out_elements
     elif operation.activation in KEEP_OUTPUT:
         yield written, out_elements * bytes_per_element
@@ -176,7 +176,9 @@ def _kept_storages(
         convolution = operations.convolutions[operation.layer]
         channels = scheme.updated_channels(convolution)
         channel_bytes = math.prod(convolution.padded_size) * bytes_per_element
-        if channels == convolution.in_channels and convolution.padded_size == convolution.in_size:
+        if operation.is_quantized and channels:
+            yield ("channels", operation.name), channels * math.prod(convolution.in_size)
+        elif channels == convolution.in_channels and convolution.padded_size == convolution.in_size:
             yield read, read_bytes
         elif channels:
             yield ("channels", operation.name), channels * channel_bytes
