@@ -5,7 +5,7 @@ import logging
 import pickle
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,18 +15,26 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-from microtune.datamodules.images_in_memory import ImagesInMemory, Normalization, check_image_arguments
+from microtune.datamodules.images_in_memory import (
+    ImagesInMemory,
+    Normalization,
+    check_image_arguments,
+    middle_views,
+    random_views,
+)
 from microtune.datamodules.reproducible_order import data_loader, stratified_split
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)
 
+WHITE = 255
+AugmentationName = Literal["none", "shift", "crop"]
+
 
 class CIFAR(LightningDataModule):
     """CIFAR-10 or CIFAR-100: 32x32 colour photographs, held in memory and enlarged batch by batch.
 
-    The validation images are taken from the training images. These are moved by up to 4 pixels at 32x32 and half of
-    them mirrored, before they are enlarged.
+    The validation images are taken from the training images.
 
     Args:
         data_dir: the folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
@@ -34,11 +42,14 @@ class CIFAR(LightningDataModule):
         resolution: height and width of the images, in pixels.
         batch_size: images in a batch; the last one of an epoch may be smaller.
         seed: order and augmentation of the training images are functions of (seed, epoch, index).
-        augment: whether to move and mirror the training images.
+        augmentation: of the training images. "shift": moved by up to 4 pixels at 32x32 and half of them mirrored,
+            before they are enlarged. "crop", as Lin et al. train: a random part of at least 8 % of the area, in other
+            colours (``random_views``); evaluation then sees the middle 87.5 % of height and width. "none": as they are.
         normalization: mean and standard deviation on images from 0 to 1, as the network's weights expect them.
         download: fetch the data (170 MB) where it is missing.
         num_workers: processes that load; none is enough, unless a GPU trains faster than one core resizes.
-        validation_fraction: the part of the training images held out for validation.
+        validation_fraction: the part of the training images held out for validation; 0 trains on all of them, and
+            Lightning then skips validation.
         split_seed: chooses the validation images.
 
     Raises:
@@ -59,7 +70,7 @@ class CIFAR(LightningDataModule):
         resolution: int = 96,
         batch_size: int = 128,
         seed: int = 0,
-        augment: bool = True,
+        augmentation: AugmentationName = "shift",
         normalization: Normalization = ((0.5,), (0.5,)),
         download: bool = False,
         num_workers: int = 0,
@@ -70,6 +81,8 @@ class CIFAR(LightningDataModule):
         check_image_arguments(resolution, batch_size, normalization, in_channels=3)
         if classes not in (10, 100):
             raise UserError(f"there is no CIFAR-{classes}: give 10 or 100 classes")
+        if augmentation not in get_args(AugmentationName):
+            raise UserError(f"augmentation is {augmentation!r}: give one of {', '.join(get_args(AugmentationName))}")
         self.source = CIFAR10 if classes == 10 else CIFAR100
         self.folder = Path(data_dir).expanduser() / self.source.base_folder
         self.num_classes = classes
@@ -77,7 +90,7 @@ class CIFAR(LightningDataModule):
         self.input_shape = (3, resolution, resolution)
         self.batch_size = batch_size
         self.seed = seed
-        self.augment = augment
+        self.augmentation = augmentation
         self.normalization = normalization
         self.download = download
         self.num_workers = num_workers
@@ -101,14 +114,27 @@ class CIFAR(LightningDataModule):
             )
         self.class_names = read_class_names(self.folder / self.source.meta["filename"], self.num_classes)
         pixels, labels = self._read(self.source.train_list)
-        kept, held_out = stratified_split(labels.numpy(), self.validation_fraction, self.split_seed)
-        shared = {"resolution": self.resolution, "white": 255, "normalization": self.normalization}
-        self._test = ImagesInMemory(*self._read(self.source.test_list), **shared)
-        self._val = ImagesInMemory(pixels[held_out], labels[held_out], **shared)
-        seed = self.seed if self.augment else None
-        self._train = ImagesInMemory(pixels[kept], labels[kept], **shared, seed=seed, shift_px=4, flip=True)
+        kept, held_out = np.arange(len(labels)), np.arange(0)
+        if self.validation_fraction != 0:
+            kept, held_out = stratified_split(labels.numpy(), self.validation_fraction, self.split_seed)
+        train, evaluation = self._views()
+        self._test = self._images(*self._read(self.source.test_list), evaluation)
+        self._val = self._images(pixels[held_out], labels[held_out], evaluation)
+        self._train = self._images(pixels[kept], labels[kept], train)
         self.train_samples, self.val_samples, self.test_samples = map(len, (self._train, self._val, self._test))
         warn_of_other_contents(self.source, self.folder)
+
+    def _views(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What training and evaluation see of an image, as arguments of ``ImagesInMemory``."""
+        if self.augmentation == "crop":
+            part = functools.partial(random_views, seed=self.seed, resolution=self.resolution, white=WHITE)
+            return {"view": part}, {"view": functools.partial(middle_views, resolution=self.resolution)}
+        if self.augmentation == "shift":
+            return {"seed": self.seed, "shift_px": 4, "flip": True}, {}
+        return {}, {}
+
+    def _images(self, pixels: torch.Tensor, labels: torch.Tensor, view: dict[str, Any]) -> ImagesInMemory:
+        return ImagesInMemory(pixels, labels, self.resolution, WHITE, self.normalization, **view)
 
     def _read(self, files: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
         batches = [read_batch(self.folder / name, self.num_classes) for name, _ in files]
@@ -118,7 +144,9 @@ class CIFAR(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         return data_loader(self._train, self.batch_size, shuffle_seed=self.seed, num_workers=self.num_workers)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.val_samples:
+            return []
         return data_loader(self._val, self.batch_size, shuffle_seed=None, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader:

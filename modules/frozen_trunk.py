@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torchvision.models import MobileNetV2
 
 from microtune.modules.operations import NetworkOperations
+from microtune.modules.quantized_network import QuantizedNetwork
 from microtune.modules.user_error import UserError
 
 
 def cut_network(network: nn.Module, operations: NetworkOperations, bias_depth: int) -> tuple[nn.Module, nn.Module]:
-    """Cuts a MobileNetV2 in front of the block that holds the first of the last ``bias_depth`` convolutions.
+    """Cuts a network in front of the block that holds the first of the last ``bias_depth`` convolutions.
 
     Nothing before that block changes under any scheme of at most this depth, so that what it computes can be kept.
 
@@ -25,7 +26,7 @@ def cut_network(network: nn.Module, operations: NetworkOperations, bias_depth: i
         schemes apply to the rest.
 
     Raises:
-        UserError: The network is no MobileNetV2, or has fewer convolutions.
+        UserError: The network is neither a MobileNetV2 nor an int8 network, or has fewer convolutions.
 
     Example::
 
@@ -33,18 +34,37 @@ def cut_network(network: nn.Module, operations: NetworkOperations, bias_depth: i
         rest(trunk(torch.zeros(1, 3, 96, 96)))
     """
     convolutions = operations.convolutions
-    if not isinstance(network, MobileNetV2):
+    if not isinstance(network, MobileNetV2 | QuantizedNetwork):
         raise UserError(f"a {type(network).__name__} cannot be cut in two: give a MobileNetV2")
     if not 0 <= bias_depth <= len(convolutions):
         raise UserError(f"bias depth {bias_depth} is out of its range: give 0 to {len(convolutions)}")
-    first = len(network.features)
-    if bias_depth:
-        first = int(convolutions[len(convolutions) - bias_depth].name.split(".")[1])
-    rest = copy.deepcopy(network)
-    rest.features = rest.features[first:]  # a slice of a Sequential keeps the names of its parts
-    trunk = copy.deepcopy(network.features[:first]).eval().requires_grad_(False)
+    trunk, rest = copy.deepcopy(network), copy.deepcopy(network)
+    first = convolutions[len(convolutions) - bias_depth].name if bias_depth else None
+    if isinstance(network, QuantizedNetwork):
+        trunk = _cut_quantized(trunk, rest, first)
+    else:
+        index = len(network.features) if first is None else int(first.split(".")[1])
+        # a slice of a Sequential keeps the names of its parts
+        trunk, rest.features = trunk.features[:index], rest.features[index:]
+    trunk.eval().requires_grad_(False)
     # which is faster, and what ``features_of`` hands on: a network in that order computes the same, to the bit
     return trunk.to(memory_format=torch.channels_last), rest.to(memory_format=torch.channels_last)
+
+
+def _cut_quantized(trunk: QuantizedNetwork, rest: QuantizedNetwork, first: str | None) -> nn.Module:
+    """Takes from ``rest`` all before the block of the first layer that is trained, and gives that of ``trunk``."""
+    parts = ["input", "first_conv", "blocks", "feature_mix"]
+    # the layer and all behind it stay in the rest; with none, the mean and the classifier alone
+    stays = None if first is None else first.split(".")[0]
+    before = parts if stays is None else parts[: max(1, parts.index(stays))]
+    for name in before:
+        setattr(rest, name, nn.Identity())
+    modules = [getattr(trunk, name) for name in before]
+    if stays == "blocks":
+        index = int(first.split(".")[1])
+        modules.append(trunk.blocks[:index])
+        rest.blocks = rest.blocks[index:]
+    return nn.Sequential(*modules)
 
 
 @torch.no_grad()

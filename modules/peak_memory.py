@@ -23,6 +23,7 @@ from microtune.modules.user_error import UserError
 
 OptimizerState = Literal["none", "momentum", "adam"]
 STATE_BYTES: dict[str, int] = {"none": 0, "momentum": 4, "adam": 8}  # per trained parameter
+INT8_BYTES, LATENT_BYTES = 1, 4  # of an updated weight, and of its float copy
 CATEGORIES = ("weights", "optimizer state", "activations", "kept inputs", "masks", "gradients", "weight gradients")
 # one bit per element is all that the backward of these needs; None: the int8 output saturates
 ONE_BIT_ACTIVATIONS = {None, "relu", "hardtanh", "leaky_relu", "hardsigmoid"}
@@ -91,6 +92,8 @@ class PeakMemory:
         gradient_accumulation: Carry the gradients of the trained parameters from step to step.
         depthwise_in_place: Let a depthwise convolution write over its input (MCUNet, Lin et al. 2020, section 3.2).
         gradient_bytes: Per element of a gradient of activations or weights; the published kernels take floats.
+        latent_weights: Hold a float beside every updated int8 weight, as the code of Lin et al. 2022 trains. Biases
+            have none: what is an int32 in inference is then a float, of the same size.
 
     Raises:
         UserError: The optimizer's state is unknown, or ``gradient_bytes`` is not positive.
@@ -108,6 +111,7 @@ class PeakMemory:
     gradient_accumulation: bool = False
     depthwise_in_place: bool = True
     gradient_bytes: int = 4
+    latent_weights: bool = False
     _totals: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -309,13 +313,14 @@ class _Builder:
 
     def _add_resident(self) -> None:
         state_bytes = STATE_BYTES[self.options.optimizer_state]
+        weight_bytes = INT8_BYTES + (LATENT_BYTES if self.options.latent_weights else 0)
         weights, state = CATEGORIES.index("weights"), CATEGORIES.index("optimizer state")
         updated = list(enumerate(self.network.convolutions))[self.first_updated :]
         trained = sum(convolution.bias_elements for _, convolution in updated) + self._classifier_parameters
         self.constant[weights] += 4 * trained
         self.constant[state] += state_bytes * trained
         for layer, convolution in updated:
-            self.per_updated_channel[weights, :, layer] += convolution.weight_elements_per_channel
+            self.per_updated_channel[weights, :, layer] += weight_bytes * convolution.weight_elements_per_channel
             self.per_updated_channel[state, :, layer] += state_bytes * convolution.weight_elements_per_channel
 
     def _add_activations(self) -> None:

@@ -1,5 +1,6 @@
 """What an int8 network is made of, as plain data: shapes, scales and zero points. Its weights are tensors beside it."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from microtune.modules.user_error import UserError
 
 INT8_MIN, INT8_MAX = -128, 127
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # of pydantic, which reads these classes from JSON
+INT8_SUFFIX = "-int8"  # of the name of an int8 network: what comes before is that of the network that it was
+# of pydantic, which reads these classes from JSON
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,27 @@ class QuantizedConvolution:
     input: Quantization
     output: Quantization
 
+    def __post_init__(self):
+        sizes = (self.in_channels, self.out_channels, *self.kernel_size, *self.stride, self.groups)
+        if min(sizes) < 1 or min(self.padding) < 0:
+            raise UserError(
+                "channels, kernel, stride and groups of a convolution must be positive, its padding 0 or more"
+            )
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            channels = f"{self.in_channels} and {self.out_channels} channels"
+            raise UserError(f"{self.groups} groups of a convolution do not divide its {channels}")
+
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Of the weight: out, in / groups, kernel height and width."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether the output is as high and wide as the input."""
+        left, right, top, bottom = self.padding
+        height, width = self.kernel_size
+        return self.stride == (1, 1) and (top + bottom, left + right) == (height - 1, width - 1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,9 @@ class InvertedResidual:
         depthwise: Filters.
         pointwise2: Projects.
         addition: Of the sum of the block's input and what ``pointwise2`` gives; none where nothing is added.
+
+    Raises:
+        UserError: What would be added is of another shape than the block's input.
     """
 
     __pydantic_config__ = STRICT
@@ -80,6 +103,14 @@ class InvertedResidual:
     depthwise: QuantizedConvolution
     pointwise2: QuantizedConvolution
     addition: Quantization | None
+
+    def __post_init__(self):
+        parts = [part for part in (self.pointwise1, self.depthwise, self.pointwise2) if part is not None]
+        if self.addition is None:
+            return
+        if parts[0].in_channels != parts[-1].out_channels or not all(part.keeps_size for part in parts):
+            channels = f"{parts[-1].out_channels} channels of {parts[0].in_channels}"
+            raise UserError(f"a block makes {channels}, or another height and width: its input cannot be added")
 
 
 @dataclass(frozen=True)
@@ -99,6 +130,12 @@ class QuantizedClassifier:
     input: Quantization
     output: Quantization | None
 
+    def __post_init__(self):
+        if min(self.features, self.classes) < 1:
+            raise UserError(
+                f"a classifier has {self.features} features and {self.classes} classes: it needs some of both"
+            )
+
 
 @dataclass(frozen=True)
 class QuantizedGraph:
@@ -117,7 +154,8 @@ class QuantizedGraph:
         class_names: What the outputs mean; none if that is not known.
 
     Raises:
-        UserError: What one layer writes is not what the next one reads.
+        UserError: What one layer writes is not what the next one reads, or the normalization or the class names are of
+            another number than channels or classes.
 
     Example::
 
@@ -137,26 +175,35 @@ class QuantizedGraph:
     class_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
+        self._check_input_and_classes()
         written, channels = self.input, self.input_shape[0]
         for name, layer in self.convolutions():
-            if name.startswith("blocks.") and name.split(".")[2] in ("pointwise1", "depthwise"):
-                block = self.blocks[int(name.split(".")[1])]
-                if layer is (block.pointwise1 or block.depthwise):
-                    block_input = (written, channels)
             if (layer.input, layer.in_channels) != (written, channels):
                 raise UserError(
                     f"{name} reads {layer.in_channels} channels of {layer.input}, but gets {channels} of {written}"
                 )
             written, channels = layer.output, layer.out_channels
-            if name.endswith("pointwise2") and block.addition is not None:
-                if channels != block_input[1]:
-                    raise UserError(f"{name} gives {channels} channels, which cannot be added to {block_input[1]}")
-                written = block.addition
+            if name.endswith(".pointwise2"):
+                written = self.blocks[int(name.split(".")[1])].addition or written
         if (self.classifier.input, self.classifier.features) != (written, channels):
             raise UserError(
                 f"the classifier reads {self.classifier.features} features of {self.classifier.input}, but gets "
                 f"{channels} of {written}"
             )
+
+    def _check_input_and_classes(self) -> None:
+        if min(self.input_shape) < 1:
+            raise UserError(f"input_shape is {self.input_shape}: channels, height and width must be positive")
+        if self.normalization is not None:
+            mean, deviation = self.normalization
+            is_whole = len(mean) == len(deviation) == self.input_shape[0]
+            if not is_whole or min(deviation) <= 0 or not all(map(math.isfinite, (*mean, *deviation))):
+                raise UserError(
+                    f"normalization is {self.normalization}: it must have a mean and a positive standard deviation for "
+                    f"each of {self.input_shape[0]} channels"
+                )
+        if self.class_names is not None and len(self.class_names) != self.classifier.classes:
+            raise UserError(f"there are {len(self.class_names)} class names for {self.classifier.classes} classes")
 
     def convolutions(self) -> Iterator[tuple[str, QuantizedConvolution]]:
         """Name and description of every convolution, in forward order."""
@@ -184,8 +231,27 @@ class QuantizedGraph:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise UserError(f"{place}: {first['msg']}") from error
+            raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
+def float_names(graph: QuantizedGraph) -> dict[str, str]:
+    """The layer of an int8 MobileNetV2 by the name that it has in torchvision's, where schemes for both can be read.
+
+    Example::
+
+        float_names(graph)["features.4.conv.0.0"]  # "blocks.3.pointwise1"
+    """
+    names = {"features.0.0": "first_conv"}
+    for index, block in enumerate(graph.blocks):
+        parts = ("pointwise1", "depthwise", "pointwise2") if block.pointwise1 else ("depthwise", "pointwise2")
+        for place, part in enumerate(parts):
+            end = "" if part == "pointwise2" else ".0"
+            names[f"features.{index + 1}.conv.{place}{end}"] = f"blocks.{index}.{part}"
+    if graph.feature_mix is not None:
+        names[f"features.{len(graph.blocks) + 1}.0"] = "feature_mix"
+    return names
+
+
+@functools.cache
 def _adapter() -> TypeAdapter[QuantizedGraph]:
     return TypeAdapter(QuantizedGraph)

@@ -1,6 +1,6 @@
 """An int8 network of inverted residuals, in simulation: MobileNetV2 and its kin as a microcontroller trains them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -90,6 +90,21 @@ class QuantizedNetwork(nn.Module):
         return self.classifier(self.mean(self.feature_mix(x)))
 
 
+def build_quantized_network(*, graph: str, num_classes: int, int8_classifier: bool = False) -> QuantizedNetwork:
+    """An int8 network without its integers, as the hyperparameters of a checkpoint describe it.
+
+    Args:
+        graph: Of the network, as JSON.
+        num_classes: Outputs of its classifier.
+        int8_classifier: Whether that is the graph's own, for inference.
+
+    Example::
+
+        build_quantized_network(graph=graph.to_json(), num_classes=10)
+    """
+    return QuantizedNetwork(QuantizedGraph.from_json(graph), None if int8_classifier else num_classes)
+
+
 def is_quantized(network: nn.Module) -> bool:
     """Whether a network has int8 layers."""
     return any(isinstance(module, QuantizedConv2d) for module in network.modules())
@@ -123,20 +138,23 @@ def load_quantized_tensors(network: QuantizedNetwork, tensors: Mapping[str, Tens
     network.load_state_dict(state)
 
 
-def quantized_tensors(network: QuantizedNetwork) -> tuple[QuantizedGraph, dict[str, Tensor]]:
+def quantized_tensors(
+    network: QuantizedNetwork, class_names: Sequence[str] | None = None
+) -> tuple[QuantizedGraph, dict[str, Tensor]]:
     """The graph and the integers of a network, as ``write_quantized_network`` takes them.
 
     Args:
         network: Without a scheme applied.
+        class_names: What its outputs mean, if that is known.
 
     Returns:
         The graph, with a classifier in floating point if the network has one, and the tensors.
     """
     graph = network.graph
+    classifier = graph.classifier
     if isinstance(network.classifier, nn.Linear):
-        classes = network.classifier.out_features
-        names = graph.class_names if classes == graph.classifier.classes else None
-        graph = replace(graph, classifier=replace(graph.classifier, classes=classes, output=None), class_names=names)
+        classifier = replace(classifier, classes=network.classifier.out_features, output=None)
+    graph = replace(graph, classifier=classifier, class_names=None if class_names is None else tuple(class_names))
     kinds = {"weight": torch.int8, "bias": torch.int32, "weight_scales": torch.float32}
     tensors = {}
     for name, value in network.state_dict().items():

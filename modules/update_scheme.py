@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,12 @@ class UpdateScheme:
                     f"channel {too_high[0]} of {layer} does not exist: "
                     f"its input channels are 0 to {convolution.in_channels - 1}"
                 )
+
+    def renamed(self, network: str, names: Mapping[str, str]) -> "UpdateScheme":
+        """The same updates for a network whose layers have other names; a name without another stays."""
+        weights = {names.get(layer, layer): ratio for layer, ratio in self.weights.items()}
+        channels = {names.get(layer, layer): indexes for layer, indexes in self.channels.items()}
+        return replace(self, network=network, weights=weights, channels=channels)
 
     def to_dict(self) -> dict[str, Any]:
         """The scheme as plain JSON values."""

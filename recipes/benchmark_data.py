@@ -99,7 +99,7 @@ def measure(data: LightningDataModule, width: float, scheme: str, batches: int, 
     data.setup()
     setup_seconds = time.perf_counter() - started
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    described = describe_network(width, data.input_shape, data.num_classes, head_convolution=False)
+    described = describe_network("none", data.input_shape, data.num_classes, width)
     update_scheme = described.load_scheme(scheme)
     plain = described.network.to(device, memory_format=torch.channels_last)
     network, restore_frozen = prepared(plain, update_scheme, described.operations, "sub_tensor")

@@ -30,7 +30,7 @@ from microtune.modules.saved_for_backward import measure_saved_bytes
 from microtune.modules.scheme_application import AppliedScheme
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.recipes.command_line import check_at_least_one, run
-from microtune.recipes.networks import NetworkName, describe_network, scheme_by_name_or_file
+from microtune.recipes.networks import describe_network, scheme_by_name_or_file, source_of_weights
 
 METHODS = ("full", "freeze", "mask", "sub_tensor")
 
@@ -38,8 +38,8 @@ METHODS = ("full", "freeze", "mask", "sub_tensor")
 def main(
     scheme: str = "sub_tensor",
     mcu: str = "stm32f746",
-    network: NetworkName = "mobilenet_v2",
-    width: float = 0.35,
+    network: str = "mobilenet_v2",
+    width: float | None = None,
     resolution: int = 128,
     input_width: int | None = None,
     batch_size: int = 32,
@@ -55,8 +55,8 @@ def main(
     Args:
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits) or full.
         mcu: Microcontroller that a scheme given by name shall fit.
-        network: Its architecture.
-        width: Multiplier of its channels.
+        network: mobilenet_v2, or the .safetensors file of an int8 network.
+        width: Multiplier of its channels, by default 0.35; an int8 network has its own.
         resolution: Height and width of the input in pixels; of a spectrogram, its frames.
         input_width: Width of the input where it is another: of a spectrogram, its bands.
         batch_size: Samples per step.
@@ -72,7 +72,8 @@ def main(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     input_shape = (in_channels, resolution, resolution if input_width is None else input_width)
-    described = describe_network(width, input_shape, num_classes, head_convolution)
+    source = source_of_weights(network, "none")
+    described = describe_network(source, input_shape, num_classes, width, head_convolution)
     update_scheme = scheme_by_name_or_file(scheme, described, PeakMemory(described.operations), microcontroller(mcu))
     samples = torch.randn(batch_size, *described.input_shape).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (batch_size,))

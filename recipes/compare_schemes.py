@@ -8,36 +8,18 @@ so that differences are paired. The same command goes on where it was stopped. T
 half a minute on one core of an AMD EPYC.
 """
 
-import contextlib
-import csv
-import io
-import json
 import logging
 import math
-import os
 import random
 import re
-import shutil
-import statistics
-import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
-import wandb
-from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import t as student_t
 
-from microtune.datamodules.progress import progress_bar
 from microtune.modules.contributions import Contribution, ContributionTable
 from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.scheme_search import Memory
@@ -51,15 +33,25 @@ from microtune.modules.simple_schemes import (
 from microtune.modules.training_memory import extra_memory_bytes, extra_memory_per_layer
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_file, write_json
+from microtune.modules.whole_files import write_json
 from microtune.recipes.command_line import check_at_least_one, listed, run
-from microtune.recipes.data_sets import DataName, data_module
+from microtune.recipes.data_sets import DataName
 from microtune.recipes.memory_figures import KIB, refuse_oversize, scheme_fits
 from microtune.recipes.networks import DescribedNetwork
-from microtune.recipes.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run
+from microtune.recipes.paired_trainings import (
+    Training,
+    compare,
+    draw_comparison,
+    keep_results,
+    log_to_wandb,
+    opened_folder,
+    print_report,
+    train_once,
+    watched,
+)
+from microtune.recipes.run_folder import LoggerName, new_folder, plain
 from microtune.recipes.search_setup import Budget, budget_of, make_problem
-from microtune.recipes.shared_folder import CLAIMS, open_shared_folder
-from microtune.recipes.training import check_ranges, train
+from microtune.recipes.training import check_ranges
 from microtune.recipes.trial_setup import TrialSettings, described_by
 from microtune.recipes.workers import Workers
 
@@ -67,57 +59,6 @@ log = logging.getLogger(__name__)
 
 RULES = ("last_layers", "biases", "expanding", "random")
 RATIOS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of random schemes, where no table says which
-CONFIDENCE = 0.95
-# they would say for every training what they have said, or what the summary says
-QUIET = (
-    "lightning.pytorch",
-    "lightning.fabric",
-    "microtune.datamodules",
-    "microtune.modules",
-    "microtune.recipes.training",
-)
-# what may differ after a stop
-MAY_CHANGE = {"out_dir", "logger", "processes", "data_dir"}
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of one scheme: a row of the results, once it is done.
-
-    Args:
-        scheme: Name of what is compared; a random one is another scheme for each seed.
-        seed: Of the fresh classifier, the order of the samples and their augmentation.
-        file: The scheme.
-        batch_size: Samples per step.
-        learning_rate: At its highest.
-        folder: Of the run; the training is done when its report is there.
-    """
-
-    scheme: str
-    seed: int
-    file: str
-    batch_size: int
-    learning_rate: float
-    folder: str
-
-    @property
-    def report_file(self) -> Path:
-        """What the run leaves behind when it is done."""
-        return Path(self.folder) / "report.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came out of a training: a row of ``results.csv``; the seconds are those since its last start."""
-
-    scheme: str
-    seed: int
-    top1: float
-    val_top1: float
-    memory_bytes: float
-    bias_depth: int
-    updated_layers: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -180,6 +121,7 @@ def main(
     data_dir: Path | None = None,
     data_options: dict[str, Any] | None = None,
     weights: str = "none",
+    network: str = "mobilenet_v2",
     resolution: int = 96,
     width: float | None = None,
     head_convolution: bool = False,
@@ -211,6 +153,7 @@ def main(
         data_dir: Folder of the data.
         data_options: Further arguments of the data module.
         weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
+        network: mobilenet_v2, or the .safetensors file of an int8 network, which has its own weights.
         resolution: Height and width of images, in pixels; speech has the shape of its spectrograms.
         width: Multiplier of the network's channels; by default that of the weights, and 0.35 without.
         head_convolution: Whether the network has its last 1x1 convolution.
@@ -246,34 +189,34 @@ def main(
     if not files and not rule_names:
         raise UserError("there is nothing to compare: give --schemes evolved=scheme.json, or --rules")
     budget = budget_of(memory, budget_kib, mcu, sram_bytes, flash_bytes, reserve_bytes)
+    settings = TrialSettings(
+        data, None if data_dir is None else str(data_dir), data_options or {}, weights, width, head_convolution,
+        resolution, network=network,
+    )  # fmt: skip
     data_arguments = {
-        "name": data, "data_dir": None if data_dir is None else str(data_dir), "weights": weights,
-        "resolution": resolution, "options": data_options or {},
+        "name": data, "data_dir": settings.data_dir, "weights": settings.source, "resolution": resolution,
+        "options": settings.data_options,
     }  # fmt: skip
-    described = described_by(
-        TrialSettings(
-            data, data_arguments["data_dir"], data_options or {}, weights, width, head_convolution, resolution
-        )
-    )
+    described = described_by(settings)
     judge = Judge(described, budget)
     base_rate = 0.1 / 256 * batch_size if learning_rate is None else learning_rate
     rates = dict.fromkeys([*files, *rule_names], base_rate) | own_rates(learning_rates, [*files, *rule_names])
     compared = schemes_to_compare(files, rule_names, judge, contributions, seeds)
     out_dir = out_dir or new_folder(Path("runs") / "compare_schemes")
     train_arguments = {
-        "weights": weights, "epochs": epochs, "width": width, "head_convolution": head_convolution, "mcu": mcu,
-        "sram_bytes": sram_bytes, "flash_bytes": flash_bytes, "reserve_bytes": reserve_bytes,
+        "weights": weights, "network": network, "epochs": epochs, "width": width,
+        "head_convolution": head_convolution, "mcu": mcu, "sram_bytes": sram_bytes, "flash_bytes": flash_bytes,
+        "reserve_bytes": reserve_bytes,
     }  # fmt: skip
     with opened_folder(out_dir, arguments):
         scheme_files = keep_schemes(compared, out_dir)
-        trainings = trainings_of(scheme_files, batch_size, rates, batch_1, out_dir)
-        if weights == "none":
+        trainings = trainings_of(scheme_files, batch_size, rates, batch_1, out_dir, data_arguments, train_arguments)
+        if settings.source == "none":
             log.warning("schemes update little of a network that has learnt nothing: give --weights")
-        with watched(trainings, judge, out_dir), Workers(processes) as workers:
+        with watched(trainings, memory, out_dir), Workers(processes) as workers:
             missing = [training for training in trainings if not training.report_file.exists()]
-            count = len(missing)
-            failures = workers.map(train_once, missing, [data_arguments] * count, [train_arguments] * count)
-        rows = keep_results(trainings, judge, out_dir)
+            failures = workers.map(train_once, missing)
+        rows = keep_results(trainings, memory, out_dir)
         failures = [failure for failure in failures if failure]
         if not rows:
             raise UserError(failures[-1] if failures else "every training was lost with its worker: see above")
@@ -289,7 +232,7 @@ def main(
         }
         write_json(out_dir / "report.json", report)
         draw_comparison(report, f"{described.name} on {data}, within {budget}", out_dir / "comparison.png")
-        log_to_wandb(logger, rows, report, out_dir, arguments)
+        log_to_wandb(logger, "compare_schemes", rows, report, out_dir, arguments)
     print_report(report, out_dir)
     return report
 
@@ -394,18 +337,6 @@ def table_without_gains(described: DescribedNetwork) -> ContributionTable:
     return ContributionTable(tuple(rows))
 
 
-@contextlib.contextmanager
-def opened_folder(out_dir: Path, arguments: dict[str, Any]) -> Iterator[None]:
-    """Makes the folder, or checks that the comparison in it is this one; it is this process's in the block."""
-    open_shared_folder(out_dir, arguments, MAY_CHANGE)
-    try:
-        held = FileLock(out_dir / CLAIMS / "comparison.lock", timeout=0).acquire()
-    except Timeout as error:
-        raise UserError(f"another process is at the comparison in {out_dir}: wait for it") from error
-    with held:
-        yield
-
-
 def keep_schemes(compared: dict[str, Sequence[UpdateScheme]], out_dir: Path) -> dict[str, list[Path]]:
     """Writes the schemes, or checks that those of an earlier start are the same; returns the file for each seed."""
     files: dict[str, list[Path]] = {}
@@ -425,234 +356,23 @@ def keep_schemes(compared: dict[str, Sequence[UpdateScheme]], out_dir: Path) -> 
 
 
 def trainings_of(
-    files: dict[str, list[Path]], batch_size: int, rates: dict[str, float], batch_1: bool, out_dir: Path
-) -> list[Training]:
+    files: dict[str, list[Path]], batch_size: int, rates: dict[str, float], batch_1: bool, out_dir: Path,
+    data_arguments: dict[str, Any], train_arguments: dict[str, Any],
+) -> list[Training]:  # fmt: skip
     """All trainings, those of one seed after another, so that what is known early can be compared."""
     trainings = []
     first = next(iter(files))
     for seed in range(len(files[first])):
         for name, of_seeds in files.items():
-            file = str(of_seeds[seed])
+            arguments = {**train_arguments, "scheme": str(of_seeds[seed])}
             folder = out_dir / "runs" / f"{name}-seed{seed}"
-            trainings.append(Training(name, seed, file, batch_size, rates[name], str(folder)))
+            trainings.append(Training(name, seed, batch_size, rates[name], str(folder), data_arguments, arguments))
             if batch_1 and name == first:
                 folder = out_dir / "runs" / f"{name},batch1-seed{seed}"  # no scheme's name has a comma
-                alone = Training(f"{name}, batch 1", seed, file, 1, rates[name] / batch_size, str(folder))
+                rate = rates[name] / batch_size
+                alone = Training(f"{name}, batch 1", seed, 1, rate, str(folder), data_arguments, arguments)
                 trainings.append(alone)
     return trainings
-
-
-def train_once(training: Training, data_arguments: dict[str, Any], train_arguments: dict[str, Any]) -> str | None:
-    """Trains, or goes on after the last finished epoch of a training that was stopped: what a worker is asked for.
-
-    Args:
-        training: What is trained.
-        data_arguments: Of ``data_module``.
-        train_arguments: Of ``train``, the same for all schemes.
-
-    Returns:
-        What went wrong with this training, such as a loss that is no number; else None, and the report is written.
-    """
-    # two busy jobs with two threads each slow one another several times (spinning OpenMP threads)
-    torch.set_num_threads(1)
-    folder = Path(training.folder)
-    resume = (folder / "config.yaml").exists()
-    if folder.exists() and not resume:
-        shutil.rmtree(folder)  # it had not begun
-    of_training = {"batch_size": training.batch_size, "seed": training.seed, "learning_rate": training.learning_rate}
-    try:
-        with quiet():
-            data = data_module(**data_arguments, batch_size=training.batch_size, seed=training.seed)
-            train(
-                data, "compare_schemes", {**train_arguments, **of_training}, scheme=training.file, allow_oversize=True,
-                logger="none", out_dir=folder, resume=resume, **train_arguments, **of_training,
-            )  # fmt: skip
-    except UserError as error:
-        return f"{training.scheme}, seed {training.seed}: {error}"
-    return None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drops what a training prints, its progress bars and Lightning's remarks."""
-    loggers = [logging.getLogger(name) for name in QUIET]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def watched(trainings: Sequence[Training], judge: Judge, out_dir: Path, every_seconds: float = 1) -> Iterator[None]:
-    """Writes results and shows how far the trainings are, while they run in the block."""
-    began, known = time.monotonic(), sum(training.report_file.exists() for training in trainings)
-    stop = threading.Event()
-    with progress_bar() as progress:
-        bar = progress.add_task("trainings", total=len(trainings), completed=known)
-
-        def watch() -> None:
-            shown = known
-            while not stop.wait(every_seconds):
-                done = sum(training.report_file.exists() for training in trainings)
-                if done == shown:
-                    continue
-                shown = done
-                keep_results(trainings, judge, out_dir)
-                progress.update(bar, completed=done)
-                if progress.disable:
-                    left = (time.monotonic() - began) / (done - known) * (len(trainings) - done)
-                    log.info("%d of %d trainings, %.0f s left at this pace", done, len(trainings), left)
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            watcher.join()
-
-
-def keep_results(trainings: Sequence[Training], judge: Judge, out_dir: Path) -> list[Row]:
-    """The rows of all trainings that are done, which ``results.csv`` has then too."""
-    rows = []
-    for training in trainings:
-        if training.report_file.exists():
-            report = json.loads(training.report_file.read_text(encoding="utf-8"))
-            scheme = UpdateScheme.load(training.file)
-            rows.append(
-                Row(
-                    training.scheme,
-                    training.seed,
-                    report["top1"],
-                    report["val_top1"],
-                    judge.memory_bytes(scheme),
-                    scheme.bias_depth,
-                    len(scheme.weights),
-                    round(report["seconds"], 1),
-                )
-            )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Row.__dataclass_fields__)
-    writer.writerows(astuple(row) for row in rows)
-    with whole_file(out_dir / "results.csv") as partial:
-        partial.write_text(text.getvalue(), encoding="utf-8")
-    return rows
-
-
-def compare(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each scheme its memory and accuracy, and by how much the first one is better, over the seeds that both have.
-
-    Args:
-        rows: All trainings that are done.
-        names: The schemes, the first being what the others are compared with.
-    """
-    top1 = {name: {row.seed: row.top1 for row in rows if row.scheme == name} for name in names}
-    compared = []
-    for name in names:
-        own = [row for row in rows if row.scheme == name]
-        entry: dict[str, Any] = {"scheme": name, "top1": top1[name]}
-        if own:
-            for column in ("memory_bytes", "top1", "val_top1", "seconds"):
-                values = [getattr(row, column) for row in own]
-                entry[f"{column}_mean"] = statistics.mean(values)
-                if column.endswith("top1"):
-                    entry[f"{column}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        both = [seed for seed in top1[names[0]] if seed in top1[name]]
-        if name != names[0] and both:
-            differences = [top1[names[0]][seed] - top1[name][seed] for seed in both]
-            entry["difference"] = statistics.mean(differences)
-            entry["interval"] = interval(differences)
-        compared.append(entry)
-    return compared
-
-
-def interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Student's confidence interval of the mean; None of fewer than two values.
-
-    Example::
-
-        interval([0.01, 0.02, 0.03])  # (-0.0048..., 0.0448...)
-    """
-    count = len(differences)
-    if count < 2:
-        return None
-    half = student_t.ppf((1 + confidence) / 2, count - 1) * statistics.stdev(differences) / math.sqrt(count)
-    mean = statistics.mean(differences)
-    return float(mean - half), float(mean + half)
-
-
-def draw_comparison(report: dict[str, Any], title: str, path: Path) -> None:
-    """Draws the accuracy of every training, and the mean of each scheme, as a PNG."""
-    matplotlib.use("Agg")
-    trained = [entry for entry in report["schemes"] if entry["top1"]]
-    figure, axes = plt.subplots(figsize=(max(6, 1.5 * len(trained)), 4.5), layout="constrained")
-    for place, entry in enumerate(trained):
-        values = [value * 100 for value in entry["top1"].values()]
-        axes.plot([place] * len(values), values, ".", color="tab:blue", alpha=0.6, label="" if place else "a seed")
-        mean = [entry["top1_mean"] * 100]
-        axes.plot([place], mean, "_", color="black", markersize=22, label="" if place else "mean")
-    ticks = [f"{entry['scheme']}\n{entry['memory_bytes_mean'] / KIB:.1f} KiB" for entry in trained]
-    axes.set_xticks(range(len(trained)), ticks, fontsize=8)
-    axes.margins(x=0.1, y=0.1)
-    axes.set(ylabel="top-1 on the test split, %", title=title)
-    axes.grid(axis="y", linewidth=0.4)
-    axes.legend(fontsize=8)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
-
-
-def log_to_wandb(
-    logger: LoggerName, rows: Sequence[Row], report: dict[str, Any], out_dir: Path, arguments: dict[str, Any]
-) -> None:
-    """Logs the results, the comparison and the picture as one run."""
-    if logger != "wandb":
-        return
-    experiment = wandb_run(make_loggers(logger, out_dir, "compare_schemes"))
-    if experiment is not None:
-        experiment.config.update({"arguments": arguments}, allow_val_change=True)
-        table = wandb.Table(list(Row.__dataclass_fields__), [list(astuple(row)) for row in rows])
-        experiment.log({"results": table, "comparison": wandb.Image(str(out_dir / "comparison.png"))})
-        experiment.summary.update(
-            {f"top1/{one['scheme']}": one["top1_mean"] for one in report["schemes"] if one["top1"]}
-        )
-        wandb.finish()
-
-
-def print_report(report: dict[str, Any], out_dir: Path) -> None:
-    """Prints a row per scheme, what is missing, and where the results lie."""
-    first = report["schemes"][0]["scheme"]
-    table = Table("scheme", title="Top-1 on the test split")
-    columns = (f"{report['memory']} memory, KiB", "top-1, %", f"{first} minus this, points", "95 % interval", "seeds")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for entry in report["schemes"]:
-        if not entry["top1"]:
-            table.add_row(entry["scheme"], "", "missing", "", "", "0")
-            continue
-        std = entry["top1_std"]
-        spread = "" if std is None else f" ± {std * 100:.2f}"
-        low_and_high = entry.get("interval")
-        table.add_row(
-            entry["scheme"],
-            f"{entry['memory_bytes_mean'] / KIB:.1f}",
-            f"{entry['top1_mean'] * 100:.2f}{spread}",
-            f"{entry['difference'] * 100:+.2f}" if "difference" in entry else "",
-            " to ".join(f"{value * 100:+.2f}" for value in low_and_high) if low_and_high else "",
-            str(len(entry["top1"])),
-        )
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    for name in report["missing"]:
-        print(f"missing: {name}; the same command tries again")
-    print(f"results: {out_dir / 'results.csv'}, report: {out_dir / 'report.json'}, {report['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

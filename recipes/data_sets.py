@@ -12,8 +12,8 @@ from microtune.datamodules.image_folder import ImageFolder
 from microtune.datamodules.imagenet import ImageNet
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
-from microtune.modules.mobilenet_v2 import NORMALIZATION, padding_of_weights
 from microtune.modules.user_error import UserError
+from microtune.recipes.networks import normalization_of
 
 DataName = Literal["digits", "cifar10", "cifar100", "image_folder", "imagenet", "speech_commands", "mswc"]
 CLASSES: dict[str, type[LightningDataModule]] = {
@@ -45,7 +45,7 @@ def data_module(
     Args:
         name: One of ``DataName``.
         data_dir: Folder of the data.
-        weights: As ``load_weights`` takes them; photographs are normalised as theirs were.
+        weights: From ``source_of_weights``; photographs are normalised as theirs were.
         resolution: Height and width of images, in pixels; speech has the shape of its spectrograms.
         batch_size: Samples per step.
         seed: Of the augmentation.
@@ -67,7 +67,7 @@ def data_module(
     if name not in SPEECH:
         arguments["resolution"] = resolution
     if name not in (*SPEECH, *WITHOUT_FILES):
-        arguments["normalization"] = NORMALIZATION[padding_of_weights(weights)]
+        arguments["normalization"] = normalization_of(weights)
     if name in ("cifar10", "cifar100"):
         arguments["classes"] = int(name.removeprefix("cifar"))
     if name not in WITHOUT_FILES:

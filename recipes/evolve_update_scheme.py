@@ -29,7 +29,7 @@ from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import write_json
 from microtune.recipes.command_line import check_at_least_one, flat, run
 from microtune.recipes.finalists import train_finalists
-from microtune.recipes.networks import DescribedNetwork, NetworkName
+from microtune.recipes.networks import DescribedNetwork
 from microtune.recipes.run_folder import (
     LoggerName,
     check_run_folder,
@@ -222,7 +222,7 @@ def evolve(
 
 def main(
     contributions: Path,
-    network: NetworkName = "mobilenet_v2",
+    network: str = "mobilenet_v2",
     mcu: str | None = None,
     memory: Memory = "peak",
     budget_kib: float | None = None,
@@ -254,7 +254,7 @@ def main(
 
     Args:
         contributions: Table that measure_contributions.py wrote.
-        network: Its architecture.
+        network: mobilenet_v2, or the .safetensors file of an int8 network.
         mcu: Microcontroller that a training step must fit; by default stm32f746, unless another budget is given.
         memory: What the budget is of: peak of a training step, or extra (the paper's figure).
         budget_kib: Budget in KiB, in place of a microcontroller.
@@ -289,7 +289,7 @@ def main(
         final_seeds=final_seeds,
     )  # fmt: skip
     table = ContributionTable.load(contributions)
-    settings = TrialSettings(resolution=resolution, base_depth=max(1, *table.bias_gains), **options)
+    settings = TrialSettings(network=network, resolution=resolution, base_depth=max(1, *table.bias_gains), **options)
     refuse_without_data(settings, fitness, finalists, all_mcus)
     if all_mcus and resume:
         raise UserError("all_mcus takes less than a minute or two and is not resumed: leave --resume out")

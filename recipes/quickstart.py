@@ -99,7 +99,7 @@ def main(
     write_config(out_dir, arguments)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    described = describe_network(WIDTH, (1, RESOLUTION, RESOLUTION), len(NEW_DIGITS), head_convolution)
+    described = describe_network("none", (1, RESOLUTION, RESOLUTION), len(NEW_DIGITS), WIDTH, head_convolution)
     peak_memory = PeakMemory(described.operations)
     schemes = {name: scheme_by_name_or_file(name, described, peak_memory, device) for name in NAMED_SCHEMES}
     pretrained = pretrain(described)

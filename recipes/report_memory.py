@@ -21,14 +21,14 @@ from microtune.modules.peak_memory import OptimizerState, PeakMemory, Timeline
 from microtune.modules.training_memory import LayerExtraMemory, extra_memory_per_layer
 from microtune.recipes.command_line import run
 from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, size_of, what_would_fit
-from microtune.recipes.networks import NetworkName, describe_network, scheme_by_name_or_file
+from microtune.recipes.networks import describe_network, scheme_by_name_or_file, source_of_weights
 
 
 def main(
     scheme: str,
     mcu: str | None = None,
-    network: NetworkName = "mobilenet_v2",
-    width: float = 0.35,
+    network: str = "mobilenet_v2",
+    width: float | None = None,
     resolution: int = 128,
     input_width: int | None = None,
     num_classes: int = 10,
@@ -38,6 +38,7 @@ def main(
     gradient_accumulation: bool = False,
     depthwise_in_place: bool = True,
     gradient_bytes: int = 4,
+    latent_weights: bool = False,
     sram_bytes: int | None = None,
     flash_bytes: int | None = None,
     reserve_bytes: int | None = None,
@@ -49,8 +50,8 @@ def main(
     Args:
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits) or full.
         mcu: Microcontroller, such as stm32f746.
-        network: Its architecture.
-        width: Multiplier of its channels.
+        network: mobilenet_v2, or the .safetensors file of an int8 network.
+        width: Multiplier of its channels, by default 0.35; an int8 network has its own.
         resolution: Height and width of the input in pixels; of a spectrogram, its frames.
         input_width: Width of the input where it is another: of a spectrogram, its bands.
         num_classes: Outputs of the classifier.
@@ -60,6 +61,7 @@ def main(
         gradient_accumulation: Whether gradients are carried from step to step.
         depthwise_in_place: Whether depthwise convolutions write over their input.
         gradient_bytes: Bytes per element of a gradient.
+        latent_weights: Whether the device keeps copies in floating point of the weights that it updates.
         sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
         flash_bytes: Flash, likewise.
         reserve_bytes: SRAM that is not for training, likewise.
@@ -68,13 +70,15 @@ def main(
     """
     device = microcontroller(mcu, sram_bytes, flash_bytes, reserve_bytes)
     input_shape = (in_channels, resolution, resolution if input_width is None else input_width)
-    described = describe_network(width, input_shape, num_classes, head_convolution)
+    source = source_of_weights(network, "none")
+    described = describe_network(source, input_shape, num_classes, width, head_convolution)
     peak_memory = PeakMemory(
         described.operations,
         optimizer_state=optimizer_state,
         gradient_accumulation=gradient_accumulation,
         depthwise_in_place=depthwise_in_place,
         gradient_bytes=gradient_bytes,
+        latent_weights=latent_weights,
     )
     update_scheme = scheme_by_name_or_file(scheme, described, peak_memory, device)
     report = memory_figures(peak_memory, update_scheme, device)

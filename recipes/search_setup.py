@@ -69,7 +69,7 @@ def searched_network(
     if settings.data is not None:
         return described_by(settings)
     shape = (in_channels, resolution, resolution if input_width is None else input_width)
-    return describe_network(settings.width or 0.35, shape, num_classes, settings.head_convolution)
+    return describe_network(settings.source, shape, num_classes, settings.width, settings.head_convolution)
 
 
 def check_table(path: Path, table: ContributionTable, described: DescribedNetwork, allow_missing_layers: bool) -> None:
@@ -139,7 +139,7 @@ def provenance_of(
     """
     left_out = {"out_dir", "resume", "logger", "processes", "cluster", "features", "features_limit_mib", "features_dir"}
     if arguments.get("data") is None:  # nothing is trained
-        left_out |= TrialSettings.__dataclass_fields__.keys() - {"width", "head_convolution", "resolution"}
+        left_out |= TrialSettings.__dataclass_fields__.keys() - {"network", "width", "head_convolution", "resolution"}
         left_out |= {"trial_seeds", "final_steps", "final_seeds"}
     words = [f"recipes/{recipe}.py"]
     for name, value in arguments.items():

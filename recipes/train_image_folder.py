@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from microtune.datamodules.image_folder import ImageFolder
-from microtune.modules.mobilenet_v2 import NORMALIZATION, padding_of_weights
 from microtune.recipes.command_line import flat, run
+from microtune.recipes.networks import normalization_of, source_of_weights
 from microtune.recipes.training import train
 
 
 def main(
     data_dir: Path,
     weights: str = "none",
+    network: str = "mobilenet_v2",
     resolution: int = 96,
     epochs: int = 20,
     batch_size: int = 32,
@@ -32,6 +33,7 @@ def main(
     Args:
         data_dir: A folder per class with its images; or train/ and test/ (or val/) with a folder per class in each.
         weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
+        network: mobilenet_v2, or the .safetensors file of an int8 network, which has its own weights.
         resolution: Height and width of the input in pixels.
         epochs: Passes over the training split.
         batch_size: Samples per step.
@@ -45,11 +47,11 @@ def main(
         resolution,
         batch_size,
         seed,
-        normalization=NORMALIZATION[padding_of_weights(weights)],
+        normalization=normalization_of(source_of_weights(network, weights)),
         num_workers=num_workers,
         skip_broken=skip_broken,
     )
-    return train(data, "train_image_folder", arguments, weights, epochs, batch_size, seed, **options)
+    return train(data, "train_image_folder", arguments, weights, epochs, batch_size, seed, network=network, **options)
 
 
 if __name__ == "__main__":

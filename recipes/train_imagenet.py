@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from microtune.datamodules.imagenet import ImageNet
-from microtune.modules.mobilenet_v2 import NORMALIZATION, padding_of_weights
 from microtune.recipes.command_line import flat, run
+from microtune.recipes.networks import normalization_of, source_of_weights
 from microtune.recipes.training import train
 
 
 def main(
     data_dir: Path = Path("data/imagenet"),
     weights: str = "none",
+    network: str = "mobilenet_v2",
     resolution: int = 224,
     epochs: int = 150,
     batch_size: int = 256,
@@ -37,6 +38,7 @@ def main(
     Args:
         data_dir: Folder that holds train/ and val/ with a folder per wnid in each, or the original archives.
         weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
+        network: mobilenet_v2, or the .safetensors file of an int8 network, which has its own weights.
         resolution: Height and width of the input in pixels.
         epochs: Passes over the training split.
         batch_size: Samples per step and device.
@@ -54,14 +56,14 @@ def main(
         batch_size,
         seed,
         smallest_crop=smallest_crop,
-        normalization=NORMALIZATION[padding_of_weights(weights)],
+        normalization=normalization_of(source_of_weights(network, weights)),
         num_workers=num_workers,
         skip_broken=skip_broken,
         evaluate_only=evaluate_only,
     )
     return train(
         data, "train_imagenet", arguments, weights, epochs, batch_size, seed,
-        scratch_defaults={"ema_decay": 0.9999}, evaluate_only=evaluate_only, **options,
+        scratch_defaults={"ema_decay": 0.9999}, evaluate_only=evaluate_only, network=network, **options,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.user_error import UserError
 from microtune.recipes.command_line import flat, listed, run
+from microtune.recipes.networks import source_of_weights
 from microtune.recipes.train_speech_commands import LEARNING_RATE_FROM_SCRATCH, check_spectrograms
 from microtune.recipes.training import train
 
@@ -40,6 +41,7 @@ def main(
     noise_dir: Path | None = None,
     archives: str | None = None,
     weights: str = "none",
+    network: str = "mobilenet_v2",
     forgetting: bool = True,
     n_mels: int = 40,
     hop_ms: int = 10,
@@ -65,6 +67,7 @@ def main(
         noise_dir: Folder of WAV files with background noise to mix into training clips; by default it is generated.
         archives: Archives to unpack into data_dir first, separated by commas.
         weights: To start from: none (from scratch), or the .ckpt of an earlier run on spoken words.
+        network: mobilenet_v2, or the .safetensors file of an int8 network, which has its own weights.
         forgetting: Test the earlier words too, before and after, where weights lie beside their config.yaml.
         n_mels: Bands of the log-mel spectrogram.
         hop_ms: Milliseconds between its frames.
@@ -77,13 +80,14 @@ def main(
         skip_broken: Leave out files that cannot be decoded, and say how many.
     """
     arguments = flat(locals())
-    check_spectrograms(weights, n_mels, hop_ms)
+    source = source_of_weights(network, weights)
+    check_spectrograms(source, n_mels, hop_ms)
     data = words_to_learn(arguments)
-    earlier_data = earlier_words(weights) if forgetting and not options.get("evaluate_only") else None
+    earlier_data = earlier_words(source) if forgetting and not options.get("evaluate_only") else None
     return train(
         data, "train_mswc", arguments, weights, epochs, batch_size, seed,
         scratch_defaults={"learning_rate": LEARNING_RATE_FROM_SCRATCH * batch_size / 32}, earlier_data=earlier_data,
-        **options,
+        network=network, **options,
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from microtune.datamodules.decoded_audio import CacheName
 from microtune.datamodules.keyword_audio import spectrogram_shape
 from microtune.datamodules.speech_commands import SpeechCommands, Task
-from microtune.modules.mobilenet_v2 import input_shape_of_weights
 from microtune.modules.user_error import UserError
 from microtune.recipes.command_line import flat, run
+from microtune.recipes.networks import input_shape_of, source_of_weights
 from microtune.recipes.training import train
 
 # for batches of 32; AdamW at 0.003 was some points behind on the validation split
@@ -27,6 +27,7 @@ def main(
     version: Literal[1, 2] = 2,
     download: bool = False,
     weights: str = "none",
+    network: str = "mobilenet_v2",
     n_mels: int = 40,
     hop_ms: int = 10,
     epochs: int = 120,
@@ -46,6 +47,7 @@ def main(
         version: 1 or 2 of the data.
         download: Fetch the data (2.4 GB) where it is missing.
         weights: To start from: none, or a .ckpt file.
+        network: mobilenet_v2, or the .safetensors file of an int8 network, which has its own weights.
         n_mels: Bands of the log-mel spectrogram.
         hop_ms: Milliseconds between its frames.
         epochs: Passes over the training split.
@@ -57,20 +59,20 @@ def main(
         skip_broken: Leave out files that cannot be decoded, and say how many.
     """
     arguments = flat(locals())
-    check_spectrograms(weights, n_mels, hop_ms)
+    check_spectrograms(source_of_weights(network, weights), n_mels, hop_ms)
     data = SpeechCommands(
         data_dir, task, version, batch_size, seed, n_mels=n_mels, hop_ms=hop_ms, cache=cache, cache_dir=cache_dir,
         download=download, skip_broken=skip_broken, num_workers=num_workers,
     )  # fmt: skip
     return train(
         data, "train_speech_commands", arguments, weights, epochs, batch_size, seed,
-        scratch_defaults={"learning_rate": LEARNING_RATE_FROM_SCRATCH * batch_size / 32}, **options,
+        scratch_defaults={"learning_rate": LEARNING_RATE_FROM_SCRATCH * batch_size / 32}, network=network, **options,
     )  # fmt: skip
 
 
 def check_spectrograms(weights: str, n_mels: int, hop_ms: int) -> None:
     """Raises ``UserError`` if weights were trained on other spectrograms; images have three channels and may differ."""
-    known, wanted = input_shape_of_weights(weights), spectrogram_shape(n_mels, hop_ms)
+    known, wanted = input_shape_of(weights), spectrogram_shape(n_mels, hop_ms)
     if known is not None and known[0] == 1 and known != wanted:
         remedy = "give its n_mels and hop_ms"
         raise UserError(f"{weights} was trained on spectrograms of shape {known}, not {wanted}: {remedy}")

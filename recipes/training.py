@@ -12,24 +12,22 @@ from typing import Any
 import matplotlib
 from filelock import FileLock
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from microtune.callbacks.int8_weights import Int8Weights
+from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.modules.batch_norm_folding import fold_batch_norm
 from microtune.modules.channel_choice import ChannelChoice
 from microtune.modules.classifier import Classifier, OptimizerName
 from microtune.modules.microcontrollers import Microcontroller, microcontroller
-from microtune.modules.mobilenet_v2 import (
-    build_network,
-    class_names_of_weights,
-    load_weights,
-    padding_of_weights,
-    weights_are_folded,
-    width_of_weights,
-)
+from microtune.modules.mobilenet_v2 import build_network, load_weights, weights_are_folded
 from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.quantized_files import read_quantized_network, write_quantized_network
+from microtune.modules.quantized_network import load_quantized_tensors, quantized_tensors
+from microtune.modules.quantized_update import WeightStorage
 from microtune.modules.scheme_application import Method
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
@@ -45,9 +43,10 @@ from microtune.recipes.memory_figures import (
 from microtune.recipes.networks import (
     FILLING_SCHEMES,
     DescribedNetwork,
-    NetworkName,
+    class_names_of,
     describe_network,
     scheme_by_name_or_file,
+    source_of_weights,
 )
 from microtune.recipes.run_folder import (
     LoggerName,
@@ -99,7 +98,7 @@ def train(
     earlier_data: LightningDataModule | None = None,
     scheme: str | None = None,
     mcu: str | None = None,
-    network: NetworkName = "mobilenet_v2",
+    network: str = "mobilenet_v2",
     width: float | None = None,
     head_convolution: bool = False,
     learning_rate: float | None = None,
@@ -113,6 +112,8 @@ def train(
     gradient_clip_norm: float | None = None,
     channel_choice: ChannelChoice = "weight_norm",
     method: Method = "sub_tensor",
+    gradient_scaling: bool = True,
+    weight_storage: WeightStorage = "in_place",
     sram_bytes: int | None = None,
     flash_bytes: int | None = None,
     reserve_bytes: int | None = None,
@@ -134,7 +135,8 @@ def train(
         data: What to learn.
         recipe: Name of the recipe.
         arguments: Of the recipe, which ``config.yaml`` keeps.
-        weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
+        weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file; none for an int8 network, which
+            has its own.
         epochs: Passes over the training split.
         batch_size: Samples per batch and device.
         seed: Of the fresh classifier, the order of the samples and their augmentation.
@@ -145,7 +147,7 @@ def train(
             microcontroller) or full; none trains everything with batch norm, which no microcontroller does. By default
             sub_tensor where weights are given, and none from scratch.
         mcu: Microcontroller that a training step must fit; by default stm32f746, unless sram_bytes describes another.
-        network: Its architecture.
+        network: mobilenet_v2, or the .safetensors file of an int8 network, which is trained as a device does it.
         width: Multiplier of its channels; by default that of the weights, and 0.35 from scratch.
         head_convolution: Whether the network has its last 1x1 convolution.
         learning_rate: At its highest; by default 0.1 / 256 x batch_size x accumulate_batches with SGD (Lin et al.),
@@ -161,6 +163,10 @@ def train(
         gradient_clip_norm: Largest norm of the gradient.
         channel_choice: How a layer's updated channels are chosen: weight_norm or random.
         method: sub_tensor computes and stores only what is updated, mask is the textbook version.
+        gradient_scaling: Of an int8 network under SGD, quantization-aware scaling of its gradients; without, it hardly
+            learns.
+        weight_storage: Of an int8 network: in_place keeps its weights int8 at every moment, latent keeps copies in
+            floating point beside them, for which a device needs 4 bytes more per updated weight.
         sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
         flash_bytes: Flash, likewise.
         reserve_bytes: SRAM that is not for training, likewise.
@@ -179,24 +185,25 @@ def train(
     """
     started = time.monotonic()
     check_ranges(arguments)
+    weights = source_of_weights(network, weights)
     if evaluate_only and weights == "none":
-        raise UserError("evaluate_only tests weights: give them with --weights")
+        raise UserError("evaluate_only tests weights: give them with --weights, or an int8 --network")
     default_mcu = "stm32f746" if sram_bytes is None else None
     device = microcontroller(mcu or default_mcu, sram_bytes, flash_bytes, reserve_bytes)
-    padding = padding_of_weights(weights)
-    if width is None:
-        width = width_of_weights(weights) or 0.35
     check_run_folder(out_dir, resume)
     prepare_once(data)
     data.setup()
-    described = describe_network(width, data.input_shape, data.num_classes, head_convolution, padding)
+    described = describe_network(weights, data.input_shape, data.num_classes, width, head_convolution)
     has_batch_norm = weights == "none" if scheme is None else scheme == "none"
+    if described.is_quantized:
+        refuse_unsuited_to_int8(has_batch_norm, precision)
     if has_batch_norm and batch_size == 1 and not evaluate_only:
         raise UserError("batch_size is 1, and batch norm has no statistics of one sample: give 2 or more")
     peak_memory = PeakMemory(
         described.operations,
         optimizer_state="adam" if optimizer == "adamw" else "momentum" if momentum else "none",
         gradient_accumulation=accumulate_batches > 1,
+        latent_weights=described.is_quantized and weight_storage == "latent",
     )
     update_scheme = None
     if not has_batch_norm and not evaluate_only:
@@ -221,9 +228,8 @@ def train(
         # the average begins with the first step, and of a short run that would be most of it
         steps = epochs * math.ceil(data.train_samples / (batch_size * accumulate_batches))
         average_decay = min(average_decay, steps / (steps + 10))
-    folded = weights_are_folded(weights) if evaluate_only else update_scheme is not None
     module = Classifier(
-        {**described.arguments, "folded": folded},
+        described.arguments | network_as_it_is_used(described, weights, evaluate_only, update_scheme is not None),
         optimizer=optimizer,
         warmup_fraction=warmup_fraction,
         class_names=data.class_names,
@@ -241,6 +247,8 @@ def train(
     callbacks = [checkpoints]
     if update_scheme is not None:
         callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
+    if described.is_quantized and not evaluate_only:
+        callbacks += int8_callbacks(optimizer, gradient_scaling, weight_storage, seed)
     averaging = [EMAWeightAveraging(decay=average_decay)] if average_decay else []
     trainer = make_trainer(
         accelerator=accelerator,
@@ -277,6 +285,8 @@ def train(
     run = {"epochs": 0 if evaluate_only else epochs, "batch_size": batch_size, "seed": seed}
     report |= forgotten | run | {"seconds": time.monotonic() - started}
     if rank_zero_only.rank == 0:
+        if described.is_quantized and not evaluate_only:
+            write_quantized_network(out_dir / "network.safetensors", *quantized_tensors(module.net, data.class_names))
         log_run_end(wandb_run(loggers), report, module.test_confusion, data.class_names)
         write_json(out_dir / "report.json", report)
         print_result(report, out_dir)
@@ -298,6 +308,37 @@ def scheme_that_fits(
     elif scheme in FILLING_SCHEMES and not scheme_fits(peak_memory, update_scheme, device):
         log.warning("%s takes what fits %s, and nothing does: the classifier alone is updated", scheme, device.name)
     return update_scheme
+
+
+def refuse_unsuited_to_int8(has_batch_norm: bool, precision: str) -> None:
+    """Raises ``UserError`` where an int8 network cannot be trained so."""
+    if has_batch_norm:
+        raise UserError("--scheme none trains with batch norm, which an int8 network has not: give --scheme full")
+    if precision not in ("32-true", "32"):
+        raise UserError(
+            f"precision is {precision}, and an int8 network is simulated in float32, whose whole numbers are exact: "
+            "give 32-true"
+        )
+
+
+def network_as_it_is_used(
+    described: DescribedNetwork, weights: str, evaluate_only: bool, has_scheme: bool
+) -> dict[str, bool]:
+    """What beside ``described.arguments`` says how the network is built: folded or not, with which classifier."""
+    if not described.is_quantized:
+        return {"folded": weights_are_folded(weights) if evaluate_only else has_scheme}
+    return {"int8_classifier": evaluate_only and described.network.graph.classifier.output is not None}
+
+
+def int8_callbacks(
+    optimizer: OptimizerName, gradient_scaling: bool, weight_storage: WeightStorage, seed: int
+) -> list[Callback]:
+    """What trains an int8 network right, and a line that says so."""
+    scaled = gradient_scaling and optimizer == "sgd"
+    reason = "by --gradient_scaling false" if not gradient_scaling else "AdamW has no use for it"
+    scaling = "with quantization-aware scaling" if scaled else f"without quantization-aware scaling ({reason})"
+    log.info("the int8 network is trained %s and %s weights", scaling, weight_storage)
+    return [QuantizationAwareScaling()] * scaled + [Int8Weights(weight_storage, seed)]
 
 
 def prepare_once(data: LightningDataModule) -> None:
@@ -353,16 +394,23 @@ def load_pretrained(module: Classifier, weights: str, input_shape: tuple[int, in
     network = module.hparams.network
     if weights == "none":
         return
+    if "graph" in network and whole and module.net.graph.classifier.classes != network["num_classes"]:
+        raise UserError(
+            f"{weights} knows {module.net.graph.classifier.classes} classes, and the data has "
+            f"{network['num_classes']}: give the data it learnt"
+        )
     fresh = copy.deepcopy(module.net.classifier.state_dict())
-    if weights_are_folded(weights) and not network["folded"]:
+    if "graph" in network:
+        load_quantized_tensors(module.net, read_quantized_network(weights)[1])
+    elif weights_are_folded(weights) and not network["folded"]:
         raise UserError(f"{weights} has no batch norm, which --scheme none trains with: give --scheme full, or another")
-    if network["folded"] == weights_are_folded(weights):
+    elif network["folded"] == weights_are_folded(weights):
         load_weights(module.net, weights, whole)
     else:
         unfolded = build_network(**{**network, "folded": False})
         load_weights(unfolded, weights, whole)
         module.net.load_state_dict(fold_batch_norm(unfolded, input_shape).state_dict())
-    known, wanted = class_names_of_weights(weights), module.hparams.class_names
+    known, wanted = class_names_of(weights), module.hparams.class_names
     if known is not None and known != wanted:
         if whole:
             raise UserError(f"{weights} knows {_few(known)}, the data has {_few(wanted)}: give the data it learnt")
@@ -421,9 +469,11 @@ def keep_run_start(
 
 def evaluate(trainer: Trainer, module: Classifier, data: LightningDataModule) -> dict[str, Any]:
     """Measures on the validation split, and once, at the end, on the test split."""
-    validated = trainer.validate(module, data, verbose=False)[0]
+    validated = trainer.validate(module, data, verbose=False)[0] if data.val_samples else {}
     tested = trainer.test(module, data, verbose=False)[0]
-    report = {"top1": tested["test/top1"], "val_top1": validated["val/top1"], "loss": tested["test/loss"]}
+    report = {"top1": tested["test/top1"], "loss": tested["test/loss"]}
+    if validated:
+        report["val_top1"] = validated["val/top1"]
     if "test/top5" in tested:
         report["top5"] = tested["test/top5"]
     sizes = {name: getattr(data, name) for name in ("train_samples", "val_samples", "test_samples")}

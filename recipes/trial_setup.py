@@ -14,16 +14,15 @@ from torch import Tensor
 
 from microtune.datamodules.kept_features import MIB, KeepName, Split, TrunkFeatures
 from microtune.datamodules.reproducible_order import seeded_torch
-from microtune.modules.classifier import Classifier
+from microtune.modules.classifier import Classifier, network_of
 from microtune.modules.frozen_trunk import cut_network
-from microtune.modules.mobilenet_v2 import build_network, padding_of_weights, width_of_weights
 from microtune.modules.scheme_search import Genome, SearchProblem
 from microtune.modules.trial_training import TrialTraining
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.command_line import check_at_least_one
 from microtune.recipes.data_sets import DataName, data_module
-from microtune.recipes.networks import DescribedNetwork, describe_network
+from microtune.recipes.networks import DescribedNetwork, describe_network, source_of_weights
 from microtune.recipes.training import load_pretrained
 from microtune.recipes.workers import Workers
 
@@ -36,7 +35,7 @@ class TrialSettings:
         data: Name of the data set.
         data_dir: Its folder.
         data_options: Further arguments of the data module.
-        weights: To start from.
+        weights: To start from; none for an int8 network, which has its own.
         width: Multiplier of the network's channels; by default that of the weights, and 0.35 without.
         head_convolution: Whether the network has its last 1x1 convolution.
         resolution: Height and width of images, in pixels.
@@ -48,6 +47,7 @@ class TrialSettings:
         features: Where the trunk's output is kept: memory, disk or none.
         features_limit_mib: What may be kept, in each process.
         features_dir: Folder of what is kept on disk; by default in the run's folder.
+        network: mobilenet_v2, or the .safetensors file of an int8 network.
 
     Raises:
         UserError: A number is out of its range.
@@ -72,6 +72,7 @@ class TrialSettings:
     features: KeepName = "memory"
     features_limit_mib: float = 4096
     features_dir: str | None = None
+    network: str = "mobilenet_v2"
 
     def __post_init__(self):
         check_at_least_one(
@@ -82,6 +83,12 @@ class TrialSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}: give a positive number")
+        source_of_weights(self.network, self.weights)
+
+    @property
+    def source(self) -> str:
+        """Where the weights are."""
+        return source_of_weights(self.network, self.weights)
 
 
 def described_by(settings: TrialSettings) -> DescribedNetwork:
@@ -116,7 +123,8 @@ def accuracies(
 
 
 # what of the settings the network and the data depend on
-OF_THE_DATA = ("data", "data_dir", "data_options", "weights", "width", "head_convolution", "resolution", "batch_size")
+OF_THE_DATA = ("data", "data_dir", "data_options", "network", "weights", "width", "head_convolution", "resolution")
+OF_THE_DATA += ("batch_size",)
 
 
 def _key(settings: TrialSettings, names: Iterable[str]) -> str:
@@ -130,13 +138,13 @@ def _network_and_data(key: str) -> tuple[DescribedNetwork, LightningDataModule]:
     if settings.data is None:
         raise UserError("trials need data: give --data")
     data = data_module(
-        settings.data, settings.data_dir, settings.weights, settings.resolution, settings.batch_size, 0,
+        settings.data, settings.data_dir, settings.source, settings.resolution, settings.batch_size, 0,
         settings.data_options,
     )  # fmt: skip
-    width = settings.width or width_of_weights(settings.weights) or 0.35
-    padding = padding_of_weights(settings.weights)
     with seeded_torch(0, 0, 0):
-        described = describe_network(width, data.input_shape, data.num_classes, settings.head_convolution, padding)
+        described = describe_network(
+            settings.source, data.input_shape, data.num_classes, settings.width, settings.head_convolution
+        )
     return described, data
 
 
@@ -146,7 +154,7 @@ def _trials(key: str) -> TrialTraining:
     described, data = _network_and_data(_key(settings, OF_THE_DATA))
     with seeded_torch(0, 0, 0):  # the same network in every process, even without weights
         module = Classifier(described.arguments, class_names=data.class_names, input_shape=list(described.input_shape))
-        load_pretrained(module, settings.weights, described.input_shape, whole=False)
+        load_pretrained(module, settings.source, described.input_shape, whole=False)
     trunk, rest = cut_network(module.net, described.operations, settings.base_depth)
     features = TrunkFeatures(
         trunk,
@@ -161,7 +169,7 @@ def _trials(key: str) -> TrialTraining:
     def fresh_classifier(seed: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # as ``train`` begins
-            return build_network(**described.arguments).classifier.state_dict()
+            return network_of(described.arguments).classifier.state_dict()
 
     rate = settings.learning_rate or 0.1 / 256 * settings.batch_size
     return TrialTraining(rest, features, fresh_classifier, settings.steps, settings.batch_size, rate)

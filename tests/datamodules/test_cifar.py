@@ -5,13 +5,16 @@ import logging
 import pickle
 import tarfile
 
+import lightning
 import numpy as np
 import pytest
 import torch
 from torchvision.datasets import CIFAR10
+from torchvision.transforms.v2 import functional
 
 from microtune.datamodules import cifar
 from microtune.datamodules.cifar import CIFAR
+from microtune.datamodules.images_in_memory import random_views, shifted
 from microtune.modules.user_error import UserError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -88,15 +91,17 @@ def test_cifar100(tmp_path):
 
 
 def test_splits_are_disjoint_and_whole(cifar10):
-    data = ready(cifar10.parent, resolution=32, augment=False)
+    data = ready(cifar10.parent, resolution=32, augmentation="none")
     held = torch.cat([data._train.pixels, data._val.pixels])
     written = [pickle.loads((cifar10 / f"data_batch_{number}").read_bytes())["data"] for number in range(1, 6)]
     assert sorted(held.flatten(1).tolist()) == sorted(np.concatenate(written).tolist())
 
 
-def test_batches_do_not_depend_on_workers(cifar10):
+@pytest.mark.parametrize("augmentation", ["shift", "crop"])
+def test_batches_do_not_depend_on_workers(cifar10, augmentation):
     def all_of(**arguments):
-        loader = ready(cifar10.parent, batch_size=16, resolution=48, **arguments).train_dataloader()
+        data = ready(cifar10.parent, batch_size=16, resolution=48, augmentation=augmentation, **arguments)
+        loader = data.train_dataloader()
         epochs = []
         for epoch in range(2):
             loader.sampler.set_epoch(epoch)
@@ -111,11 +116,94 @@ def test_batches_do_not_depend_on_workers(cifar10):
     assert not torch.equal(alone[0][0], all_of(seed=1)[0][0])
 
 
-def test_augmentation_of_an_image_does_not_depend_on_its_batch(cifar10):
-    train = ready(cifar10.parent)._train
+@pytest.mark.parametrize("augmentation", ["shift", "crop"])
+def test_augmentation_of_an_image_does_not_depend_on_its_batch(cifar10, augmentation):
+    train = ready(cifar10.parent, augmentation=augmentation)._train
     together, _ = train.__getitems__([(3, index) for index in range(30)])
     assert torch.equal(together[17], train[3, 17][0])
     assert not torch.equal(together[17], train[4, 17][0])
+
+
+def test_without_augmentation_training_sees_the_images_as_they_are(cifar10):
+    train = ready(cifar10.parent, resolution=32, augmentation="none")._train
+    images, _ = train.__getitems__([(3, index) for index in range(30)])
+    assert torch.equal(((images + 1) * 127.5).round().byte(), train.pixels[:30])
+
+
+def test_shift_moves_and_mirrors_the_training_images_alone(cifar10):
+    data = ready(cifar10.parent, resolution=32, seed=4)
+    images, _ = data._train.__getitems__([(2, index) for index in range(50)])
+    expected = shifted(data._train.pixels[:50], 4, np.full(50, 2), np.arange(50), shift_px=4, flip=True)
+    assert torch.equal(((images + 1) * 127.5).round().byte(), expected)
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        assert torch.equal(((batches(loader)[0] + 1) * 127.5).round().byte(), loader.dataset.pixels)
+
+
+def test_crop_evaluates_the_middle(cifar10):
+    data = ready(cifar10.parent, resolution=128, augmentation="crop")
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        images, labels = batches(loader)
+        pixels = functional.center_crop(functional.resize(loader.dataset.pixels / 255, [147]), [128])
+        torch.testing.assert_close(images, pixels * 2 - 1, rtol=0, atol=1e-5)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(labels, loader.dataset.labels)
+
+
+def test_crop_enlarges_parts_of_the_training_images(cifar10):
+    data = ready(cifar10.parent, resolution=128, seed=4, augmentation="crop", normalization=((0,), (1,)))
+    images, labels = data._train.__getitems__([(2, index) for index in range(50)])
+    epochs, indices = np.full(50, 2), np.arange(50)
+    expected = random_views(data._train.pixels[:50], epochs, indices, seed=4, resolution=128, white=255) / 255
+    assert torch.equal(images, expected)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(labels, data._train.labels[:50])
+
+
+def test_unknown_augmentation_refused(tmp_path):
+    with pytest.raises(UserError, match="augmentation is True: give one of none, shift, crop"):
+        CIFAR(tmp_path, augmentation=True)
+
+
+class Recorder(lightning.LightningModule):
+    """Counts the training images and the batches of validation."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 10)
+        self.trained = self.validated = 0
+
+    def training_step(self, batch, _):
+        images, labels = batch
+        self.trained += len(labels)
+        return torch.nn.functional.cross_entropy(self.layer(images.mean((2, 3))), labels)
+
+    def validation_step(self, batch, _):
+        self.validated += 1
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_nothing_is_held_out_on_request(cifar10):
+    data = ready(cifar10.parent, resolution=8, batch_size=8, validation_fraction=0.0)
+    assert (data.train_samples, data.val_samples, data.test_samples) == (115, 0, 20)
+    assert data.val_dataloader() == []
+    written = [pickle.loads((cifar10 / f"data_batch_{number}").read_bytes())["data"] for number in range(1, 6)]
+    assert data._train.pixels.flatten(1).tolist() == np.concatenate(written).tolist()
+    module = Recorder()
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, data)
+    assert (module.trained, module.validated) == (2 * 115, 0)
+    assert trainer.validate(module, data) == []
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1, float("nan")])
+def test_other_validation_fractions_refused(cifar10, fraction):
+    with pytest.raises(UserError, match=f"a held-out fraction of {fraction} splits nothing: give one such as 0.1"):
+        ready(cifar10.parent, validation_fraction=fraction)
 
 
 def test_smaller_than_it_was(cifar10):

@@ -27,6 +27,7 @@ PEAK_MEMORIES = {
         "momentum": PeakMemory(operations, optimizer_state="momentum"),
         "adam": PeakMemory(operations, optimizer_state="adam"),
         "int8 gradients": PeakMemory(operations, gradient_bytes=1),
+        "latent weights": PeakMemory(operations, latent_weights=True),
     }
     for network, operations in (("mobilenet", MOBILENET), ("resnet", RESNET))
 }
@@ -69,6 +70,9 @@ def test_options_only_cost(network):
     assert (peaks["momentum"] > peaks["default"]).all()
     assert (peaks["adam"] > peaks["momentum"]).all()
     assert (peaks["int8 gradients"] <= peaks["default"]).all()
+    latent = PEAK_MEMORIES[network]["latent weights"].operations.convolutions
+    weights = updated @ np.array([convolution.weight_elements_per_channel for convolution in latent])
+    assert (peaks["latent weights"] == peaks["default"] + 4 * weights).all()
     assert (peaks["default"] >= PEAK_MEMORIES[network]["default"].floor_bytes).all()
 
 

@@ -256,6 +256,29 @@ def test_inverted_residual_with_everything():
     assert peak == resident + accumulated + project_backward_without_its_own
 
 
+def test_inverted_residual_with_latent_weights():
+    scheme = UpdateScheme("inverted residual", 2, {"project": 0.25})
+    resident = (
+        (4 * 10 + 10) * 4  # classifier, a float in any case
+        + 6 * 4  # slice of project: 6 of 24 input channels, 4 outputs, int8
+        + 6 * 4 * 4  # the same as floats; the frozen 18 channels have none
+        + (24 + 4) * 4  # biases of depthwise and project, which are floats in place of int32
+    )
+    project_backward = (
+        4 * 8 * 8 * 4  # gradient of the sum, which is that of project; the stem needs none
+        + 24 * 8 * 8 * 4  # gradient of depthwise
+        + 6 * 8 * 8  # copy of 6 channels of depthwise
+        + 6 * 4 * 4  # gradient of the slice
+        + 4 * 4  # gradient of project's biases
+        + (24 + 4) * 8 * 8 // 8  # masks of depthwise and project
+    )
+    peak_memory = PeakMemory(INVERTED_RESIDUAL, latent_weights=True)
+    assert peak_memory.peak_bytes(scheme) == resident + project_backward
+    assert (peak_memory.timeline(scheme).bytes_of_category["weights"] == resident).all()
+    biases_only = UpdateScheme("inverted residual", 4)
+    assert peak_memory.peak_bytes(biases_only) == PeakMemory(INVERTED_RESIDUAL).peak_bytes(biases_only)
+
+
 def test_branches_with_the_classifier_only():
     scheme = UpdateScheme("branches", 0)
     resident = (32 * 5 + 5) * 4  # classifier

@@ -47,6 +47,7 @@ class TrainingStep:
     gradient_accumulation: bool = False
     depthwise_in_place: bool = True
     gradient_bytes: int = 4
+    latent_weights: bool = False
     arena: Arena = field(default_factory=Arena)
     gradient_buffer: dict[int, str] = field(default_factory=dict)  # tensor -> name of its allocation
     waiting: dict[str, set[int]] = field(default_factory=dict)  # allocation -> tensors whose producers will read it
@@ -139,6 +140,8 @@ class TrainingStep:
             if self.has_updated_bias(operation):
                 name, biases = operation.name, self.convolution(operation).out_channels
                 self.arena.allocate(f"slice of {name}", self.slice_weights(operation))
+                if self.latent_weights:
+                    self.arena.allocate(f"latent slice of {name}", 4 * self.slice_weights(operation))
                 self.arena.allocate(f"bias of {name}", 4 * biases)
                 trained += self.slice_weights(operation) + biases
         self.arena.allocate("optimizer state", state_bytes * trained)
@@ -378,6 +381,7 @@ OPTIONS = st.fixed_dictionaries(
         "gradient_accumulation": st.booleans(),
         "depthwise_in_place": st.booleans(),
         "gradient_bytes": st.sampled_from([4, 4, 1, 2]),
+        "latent_weights": st.booleans(),
     }
 )
 

@@ -1,0 +1,440 @@
+"""Post-training quantization: a trained, folded MobileNetV2 becomes an int8 network, by what it holds on samples.
+
+Per-channel symmetric weights, per-tensor affine activations (Nagel et al. 2021, "A White Paper on Neural Network
+Quantization", sections 2 and 3). PyTorch's own observers are not used: ``torch.ao.quantization`` is deprecated and about
+to go (pytorch/ao issue 2259), and its ``HistogramObserver`` does not know that 0 must be an integer.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models import MobileNetV2
+
+from microtune.modules.batch_norm_folding import find_batch_norm
+from microtune.modules.mobilenet_v2 import KerasPadding, NORMALIZATION
+from microtune.modules.operations import evaluation_mode
+from microtune.modules.quantized_graph import (
+    INT8_MAX,
+    INT8_MIN,
+    InvertedResidual,
+    Quantization,
+    QuantizedClassifier,
+    QuantizedConvolution,
+    QuantizedGraph,
+)
+from microtune.modules.quantized_layers import BIAS_LIMIT
+from microtune.modules.quantized_update import NEAR_ZERO
+from microtune.modules.user_error import UserError
+
+RangeEstimator = Literal["min_max", "mse"]
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+BINS = 2048
+STEPS = INT8_MAX - INT8_MIN
+# of the whole range, what its ends are tried at, widest first
+PARTS = np.linspace(1, 0.01, 100)
+
+# pixels less 128 are a device's integers; with a mean of 0.5 every integer would lie halfway between two
+PIXELS = Quantization(scale=1 / 127.5, zero_point=0)
+PIXELS_NORMALIZATION = (128 / 255, 127.5 / 255)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """What one tensor of a network held, over all samples.
+
+    Args:
+        low: The smallest value, or 0 if that is smaller.
+        high: The largest value, or 0 if that is larger.
+        counts: Of the values but 0, in bins of equal width from ``low`` to ``high``.
+
+    Example::
+
+        Histogram(low=-1.0, high=3.0, counts=np.ones(2048))
+    """
+
+    low: float
+    high: float
+    counts: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the tensors of a network held, over all samples.
+
+    Args:
+        histograms: By the layer of the int8 network that writes them; ``"input"`` is the samples' own, and
+            ``"blocks.3.addition"`` that of a sum.
+        sizes: Height and width of what each convolution reads, before its padding.
+        input_shape: Channels, height and width of a sample.
+        samples: How many there were.
+    """
+
+    histograms: dict[str, Histogram]
+    sizes: dict[str, tuple[int, int]]
+    input_shape: tuple[int, int, int]
+    samples: int
+
+
+def calibrate(network: nn.Module, samples: Iterable[Tensor]) -> Calibration:
+    """Runs samples through a network, twice: for the range of every tensor, and for its histogram.
+
+    Args:
+        network: A folded ``mobilenet_v2``.
+        samples: Batches of shape (N, channels, height, width); they are gone through twice, and must be the same.
+
+    Raises:
+        UserError: The network is another, or has batch norm; there are no samples; a tensor is not finite.
+
+    Example::
+
+        calibration = calibrate(network, [images[:32], images[32:64]])
+        calibration.histograms["blocks.3.pointwise1"].high
+    """
+    _check_network(network)
+    observed = _Observed()
+    hooks = [module.register_forward_hook(partial(observed.note, name)) for name, module in _written(network)]
+    try:
+        with evaluation_mode(network), torch.inference_mode():
+            for observed.ranges_are_known in (False, True):
+                for batch in samples:
+                    observed.see("input", batch)
+                    network(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not observed.samples:
+        raise UserError("there are no samples to calibrate on: give a few hundred")
+    histograms = {
+        name: Histogram(*limits, observed.counts[name].numpy()) for name, limits in observed.ranges.items()
+    }
+    return Calibration(histograms, observed.sizes, observed.input_shape, observed.samples)
+
+
+def _check_network(network: nn.Module) -> None:
+    if not isinstance(network, MobileNetV2):
+        raise UserError(f"the network is a {type(network).__name__}: only a MobileNetV2 can be quantized")
+    norm = find_batch_norm(network)
+    if norm is not None:
+        raise UserError(f"batch norm {norm} is not folded: fold it first, with fold_batch_norm")
+
+
+class _Observed:
+    """Ranges and histograms of tensors, as a network computes them."""
+
+    def __init__(self) -> None:
+        self.ranges_are_known = False
+        self.ranges: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+        self.counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(BINS, dtype=torch.float64))
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.input_shape: tuple[int, int, int] = (0, 0, 0)
+        self.samples = 0
+
+    def note(self, name: str, _module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.sizes[name] = tuple(inputs[0].shape[2:])
+        self.see(name, output)
+
+    def see(self, name: str, values: Tensor) -> None:
+        if self.ranges_are_known:
+            self._count(name, values)
+            return
+        if name == "input":
+            self.input_shape = tuple(values.shape[1:])
+            self.samples += len(values)
+        low, high = (value.item() for value in values.aminmax())
+        if not math.isfinite(high - low):
+            raise UserError(f"{name} is not finite on the samples: give a network that was trained, and its data")
+        self.ranges[name] = (min(low, self.ranges[name][0]), max(high, self.ranges[name][1]))
+
+    def _count(self, name: str, values: Tensor) -> None:
+        low, high = self.ranges[name]
+        if low == high:
+            return
+        self.counts[name] += torch.histc(values, BINS, low, high)
+        if low == 0:  # behind a ReLU half of the values are 0, which has no error in any range
+            self.counts[name][0] -= torch.count_nonzero(values == 0)
+
+
+class _Part(NamedTuple):
+    """A convolution of a folded MobileNetV2.
+
+    Args:
+        name: Of the layer in the int8 network.
+        module: What writes the layer's output, its activation included.
+        convolution: In the module, or the module itself.
+        is_rectified: Whether a ReLU6 follows.
+    """
+
+    name: str
+    module: nn.Module
+    convolution: nn.Conv2d
+    is_rectified: bool
+
+
+def _parts(network: MobileNetV2) -> Iterator[_Part]:
+    """The convolutions in forward order."""
+    yield _part("first_conv", network.features[0])
+    for index, block in enumerate(_blocks(network)):
+        modules = [module for module in block.conv if isinstance(module, nn.Sequential | nn.Conv2d)]
+        names = ("pointwise1", "depthwise", "pointwise2")[-len(modules) :]
+        for name, module in zip(names, modules, strict=True):
+            yield _part(f"blocks.{index}.{name}", module)
+    if isinstance(network.features[-1], nn.Sequential):
+        yield _part("feature_mix", network.features[-1])
+
+
+def _part(name: str, module: nn.Module) -> _Part:
+    if isinstance(module, nn.Conv2d):
+        return _Part(name, module, module, is_rectified=False)
+    convolution = next(child for child in module if isinstance(child, nn.Conv2d))
+    return _Part(name, module, convolution, is_rectified=True)
+
+
+def _blocks(network: MobileNetV2) -> list[nn.Module]:
+    return [module for module in network.features if hasattr(module, "use_res_connect")]
+
+
+def _written(network: MobileNetV2) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of everything whose output becomes int8."""
+    for part in _parts(network):
+        yield part.name, part.module
+    for index, block in enumerate(_blocks(network)):
+        if block.use_res_connect:
+            yield f"blocks.{index}.addition", block
+    yield "classifier", network.classifier
+
+
+def quantization_of_range(low: float, high: float) -> Quantization:
+    """Scale and zero point by which int8 spans a range, which is widened to hold 0.
+
+    0 is an integer (Nagel et al. 2021, section 2.1), so that the range moves by up to half a step.
+
+    Args:
+        low: What -128 is to stand for.
+        high: What 127 is to stand for.
+
+    Example::
+
+        quantization_of_range(0, 6)  # Quantization(scale=6 / 255, zero_point=-128)
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    # a tensor of nothing but zeros has any scale; one below float32's numbers would be 0 there
+    scale = (high - low) / STEPS if high - low > STEPS * torch.finfo(torch.float32).tiny else 1 / STEPS
+    return Quantization(scale, min(INT8_MAX, max(INT8_MIN, round(INT8_MIN - low / scale))))
+
+
+def estimated_quantization(histogram: Histogram, estimator: RangeEstimator) -> Quantization:
+    """Scale and zero point for values of this histogram.
+
+    ``"min_max"`` spans all of them. ``"mse"`` clips some: it looks for the range whose quantized values have the least
+    mean squared error (Nagel et al. 2021, section 3.1, equation 24 and table 2), moving one end and then the other, in
+    hundredths of the whole range, until neither move helps. 0 stays inside.
+
+    Args:
+        histogram: Of the values.
+        estimator: ``"min_max"`` or ``"mse"``.
+
+    Raises:
+        UserError: The estimator is unknown.
+
+    Example::
+
+        estimated_quantization(calibration.histograms["first_conv"], "mse")
+    """
+    if estimator not in get_args(RangeEstimator):
+        raise UserError(f"estimator is {estimator!r}: give one of {', '.join(get_args(RangeEstimator))}")
+    low, high = histogram.low, histogram.high
+    if estimator == "min_max" or not histogram.counts.any():
+        return quantization_of_range(low, high)
+
+    def error(limits: tuple[float, float]) -> float:
+        return mean_squared_error(histogram, quantization_of_range(*limits))
+
+    before = None
+    while before != (low, high):
+        before = (low, high)
+        low, high = min([before, *((low, histogram.high * part) for part in PARTS)], key=error)
+        low, high = min([(low, high), *((histogram.low * part, high) for part in PARTS)], key=error)
+    return quantization_of_range(low, high)
+
+
+def mean_squared_error(histogram: Histogram, quantization: Quantization) -> float:
+    """What quantizing costs on average of the values that are not 0, which are taken to lie in the middle of their bin.
+
+    Example::
+
+        mean_squared_error(histogram, quantization_of_range(histogram.low, histogram.high))
+    """
+    edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    integers = np.rint(middles / quantization.scale) + quantization.zero_point
+    values = (integers.clip(INT8_MIN, INT8_MAX) - quantization.zero_point) * quantization.scale
+    return float(np.average((values - middles) ** 2, weights=histogram.counts))
+
+
+def quantize_after_training(
+    network: nn.Module,
+    calibration: Calibration,
+    name: str,
+    estimator: RangeEstimator = "mse",
+    normalization: Normalization | None = None,
+    class_names: Sequence[str] | None = None,
+    classifier_is_trained: bool = True,
+) -> tuple[QuantizedGraph, dict[str, Tensor]]:
+    """Makes a trained network an int8 one.
+
+    Pixels with a mean and a standard deviation of 0.5, as Keras' weights want them, get a mean of 128 / 255 in the
+    graph, so that a device's pixel less 128 is the integer; the first bias makes up for the difference. Other pixels
+    span what black and white are, and samples without normalization the range that is estimated. The logits span all
+    that they were, since it is the largest that decides.
+
+    Args:
+        network: A folded ``mobilenet_v2``.
+        calibration: Of this network.
+        name: Of the int8 network, as schemes name it.
+        estimator: Of the activations' ranges.
+        normalization: Mean and standard deviation of pixels from 0 to 1, one each or one per channel; none of
+            spectrograms.
+        class_names: What the outputs mean.
+        classifier_is_trained: Whether it is of worth; a fresh one stays in floating point.
+
+    Returns:
+        The graph and the tensors, as ``write_quantized_network`` takes them.
+
+    Raises:
+        UserError: The network is another, or has batch norm; the estimator is unknown.
+
+    Example::
+
+        calibration = calibrate(network, batches)
+        graph, tensors = quantize_after_training(network, calibration, "mobilenet_v2-w0.35-int8")
+        write_quantized_network("network.safetensors", graph, tensors)
+    """
+    _check_network(network)
+    written = {layer: estimated_quantization(one, estimator) for layer, one in calibration.histograms.items()}
+    written["classifier"] = estimated_quantization(calibration.histograms["classifier"], "min_max")
+    written["input"], normalization, shift = _input_of_pixels(written["input"], normalization, calibration)
+    graph = _graph(network, calibration, written, classifier_is_trained)
+    graph = replace(
+        graph, name=name, normalization=normalization, class_names=None if class_names is None else tuple(class_names)
+    )
+    tensors: dict[str, Tensor] = {}
+    for part, (_, layer) in zip(_parts(network), graph.convolutions(), strict=True):
+        weight, bias = (values.detach().double().cpu() for values in (part.convolution.weight, part.convolution.bias))
+        if part.name == "first_conv":
+            bias = bias + shift * weight.sum((1, 2, 3))
+        tensors |= _integers(part.name, weight, bias, layer.input)
+    weight, bias = (values.detach().cpu() for values in (network.classifier[-1].weight, network.classifier[-1].bias))
+    if not classifier_is_trained:
+        return graph, tensors | {"classifier.weight": weight.clone(), "classifier.bias": bias.clone()}
+    return graph, tensors | _integers("classifier", weight.double(), bias.double(), graph.classifier.input)
+
+
+def _input_of_pixels(
+    estimated: Quantization, normalization: Normalization | None, calibration: Calibration
+) -> tuple[Quantization, Normalization | None, float]:
+    """Quantization and normalization of the input, and what the network's own input is larger by."""
+    if normalization is None:
+        return estimated, None, 0.0
+    channels = calibration.input_shape[0]
+    means, stds = (tuple(values) * (channels if len(values) == 1 else 1) for values in normalization)
+    if set(means) == set(stds) == {0.5}:
+        mean, std = PIXELS_NORMALIZATION
+        return PIXELS, ((mean,) * channels, (std,) * channels), (mean - 0.5) / std
+    black = min(-mean / std for mean, std in zip(means, stds, strict=True))
+    white = max((1 - mean) / std for mean, std in zip(means, stds, strict=True))
+    return quantization_of_range(black, white), (means, stds), 0.0
+
+
+def _graph(
+    network: MobileNetV2, calibration: Calibration, written: dict[str, Quantization], classifier_is_trained: bool
+) -> QuantizedGraph:
+    layers: dict[str, QuantizedConvolution] = {}
+    read = written["input"]
+    blocks = _blocks(network)
+    for part in _parts(network):
+        layers[part.name] = _description(part, calibration.sizes[part.name], read, written[part.name])
+        block, _, kind = part.name.rpartition(".")
+        read = written.get(f"{block}.addition", written[part.name]) if kind == "pointwise2" else written[part.name]
+    linear = network.classifier[-1]
+    return QuantizedGraph(
+        name="",
+        input_shape=calibration.input_shape,
+        input=written["input"],
+        normalization=None,
+        first_conv=layers["first_conv"],
+        blocks=tuple(
+            InvertedResidual(
+                pointwise1=layers.get(f"blocks.{index}.pointwise1"),
+                depthwise=layers[f"blocks.{index}.depthwise"],
+                pointwise2=layers[f"blocks.{index}.pointwise2"],
+                addition=written.get(f"blocks.{index}.addition"),
+            )
+            for index in range(len(blocks))
+        ),
+        feature_mix=layers.get("feature_mix"),
+        classifier=QuantizedClassifier(
+            features=linear.in_features,
+            classes=linear.out_features,
+            input=read,
+            output=written["classifier"] if classifier_is_trained else None,
+        ),
+    )
+
+
+def _description(
+    part: _Part, size: tuple[int, int], read: Quantization, written: Quantization
+) -> QuantizedConvolution:
+    convolution, (height, width) = part.convolution, size
+    is_padded_as_keras = part.is_rectified and isinstance(part.module[0], KerasPadding)
+    vertical, horizontal = convolution.padding
+    return QuantizedConvolution(
+        in_channels=convolution.in_channels,
+        out_channels=convolution.out_channels,
+        kernel_size=convolution.kernel_size,
+        stride=convolution.stride,
+        padding=(width % 2, 1, height % 2, 1)
+        if is_padded_as_keras
+        else (horizontal, horizontal, vertical, vertical),
+        groups=convolution.groups,
+        input=read,
+        output=written,
+    )
+
+
+def _integers(name: str, weight: Tensor, bias: Tensor, read: Quantization) -> dict[str, Tensor]:
+    """The int8 weight, its scales and the 32-bit bias of a layer, from float64."""
+    scales = weight_scales(weight)
+    of_weight = scales.double().view(-1, *[1] * (weight.dim() - 1))
+    return {
+        f"{name}.weight": (weight / of_weight).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8),
+        f"{name}.bias": (bias / (scales.double() * read.scale)).round().clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32),
+        f"{name}.weight_scales": scales,
+    }
+
+
+def weight_scales(weight: Tensor) -> Tensor:
+    """The scale of every output channel, float32 of shape (out,): its largest weight becomes 127 or -127.
+
+    A channel whose scale would be near zero, as batch norm leaves those that it has switched off, gets the median of
+    the others: it loses no more by rounding than they do, its bias stays within 32 bits, and it can be trained.
+
+    Args:
+        weight: Of shape (out, ...).
+
+    Example::
+
+        weight_scales(torch.tensor([[0.5, -1.27], [0.254, 0.0]]))  # tensor([0.0100, 0.0020])
+    """
+    scales = (weight.double().flatten(1).abs().amax(1) / INT8_MAX).float()
+    used = scales[scales > 0]
+    median = used.median() if len(used) else torch.tensor(1.0)
+    return torch.where(scales < NEAR_ZERO * median, median, scales)

@@ -1,0 +1,157 @@
+"""Trains an int8 network and the one in floating point that it was, on the same seeds: what int8 and QAS are worth.
+
+    uv run recipes/compare_int8.py --data image_folder --data_dir flowers --weights KERAS_FILE.npz \\
+        --network network.safetensors --resolution 128 --epochs 20 \\
+        --rows float:SCHEME.json,latent:SCHEME.json,in_place:SCHEME.json,unscaled:SCHEME.json,in_place:SCHEME.json:1
+
+``network.safetensors`` is what ``quantize_network.py`` made of the weights. Every row is a way to train, a scheme and,
+if need be, another batch size; the others are measured against the first, seed by seed. All have the same learning
+rate, in proportion to their batch size: that it serves both is what quantization-aware scaling is for. The same command
+goes on where it was stopped.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microtune.modules.user_error import UserError
+from microtune.modules.whole_files import write_json
+from microtune.recipes.command_line import check_at_least_one, listed, run
+from microtune.recipes.data_sets import DataName
+from microtune.recipes.networks import MOBILENET_V2, source_of_weights
+from microtune.recipes.paired_trainings import (
+    Training,
+    compare,
+    draw_comparison,
+    keep_results,
+    log_to_wandb,
+    opened_folder,
+    print_report,
+    train_once,
+    watched,
+)
+from microtune.recipes.run_folder import LoggerName, new_folder, plain
+from microtune.recipes.training import check_ranges
+from microtune.recipes.workers import Workers
+
+# a way to train, and the arguments of ``train`` that make it
+WAYS: dict[str, dict[str, Any]] = {
+    "float": {},
+    "latent": {"weight_storage": "latent"},
+    "in_place": {"weight_storage": "in_place"},
+    "unscaled": {"weight_storage": "latent", "gradient_scaling": False},
+    "in_place_unscaled": {"weight_storage": "in_place", "gradient_scaling": False},
+}
+
+
+def main(
+    data: DataName,
+    rows: str,
+    network: str,
+    weights: str = "none",
+    data_dir: Path | None = None,
+    data_options: dict[str, Any] | None = None,
+    resolution: int = 96,
+    width: float | None = None,
+    epochs: int = 10,
+    batch_size: int = 64,
+    learning_rate: float | None = None,
+    warmup_fraction: float = 0.1,
+    seeds: int = 3,
+    mcu: str = "stm32f746",
+    processes: int = 1,
+    logger: LoggerName = "wandb",
+    out_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Trains an int8 network and the one in floating point that it was, on the same seeds.
+
+    Args:
+        data: Name of the data set.
+        rows: What is compared, separated by commas: a way to train, a scheme, and perhaps a batch size, as in
+            float:scheme.json,in_place:scheme.json:1. Ways are float (the weights), and of the int8 network latent,
+            in_place, unscaled (latent without quantization-aware scaling) and in_place_unscaled.
+        network: The .safetensors file of the int8 network.
+        weights: Of the network in floating point.
+        data_dir: Folder of the data.
+        data_options: Further arguments of the data module.
+        resolution: Height and width of images, in pixels; speech has the shape of its spectrograms.
+        width: Multiplier of the channels of the network in floating point; by default that of the weights.
+        epochs: Passes over the training split.
+        batch_size: Samples per step, of rows that do not say another.
+        learning_rate: At its highest, for batch_size; by default 0.1 / 256 x batch_size (Lin et al.).
+        warmup_fraction: Part of all steps in which the learning rate rises; then it falls to zero as a cosine.
+        seeds: Trainings of each row.
+        mcu: Microcontroller that schemes given by name shall fit.
+        processes: Trainings that run at once, one thread each.
+        logger: Of the summary: wandb (offline unless you are logged in), csv or none.
+        out_dir: Folder of the comparison; by default a new one below runs/. Where the same comparison was begun, it
+            goes on.
+    """
+    started, arguments = time.monotonic(), plain(locals())
+    torch.set_num_threads(1)
+    check_at_least_one(batch_size=batch_size, seeds=seeds, processes=processes)
+    check_ranges(arguments)
+    described = [described_row(row, batch_size) for row in listed(rows)]
+    out_dir = out_dir or new_folder(Path("runs") / "compare_int8")
+    rate = 0.1 / 256 if learning_rate is None else learning_rate / batch_size
+    of_data = {
+        "name": data,
+        "data_dir": None if data_dir is None else str(data_dir),
+        "resolution": resolution,
+        "options": data_options or {},
+    }
+    of_all = {"epochs": epochs, "warmup_fraction": warmup_fraction, "mcu": mcu}
+    trainings = []
+    for seed in range(seeds):
+        for way, scheme, size in described:
+            of_network = {"weights": weights, "width": width} if way == "float" else {"network": network}
+            source = source_of_weights(of_network.get("network", MOBILENET_V2), of_network.get("weights", "none"))
+            name = f"{way}, {Path(scheme).stem}" + (f", batch {size}" if size != batch_size else "")
+            folder = out_dir / "runs" / f"{name.replace(', ', '-').replace(' ', '')}-seed{seed}"
+            of_row = of_all | of_network | WAYS[way] | {"scheme": scheme}
+            trainings.append(
+                Training(name, seed, size, rate * size, str(folder), of_data | {"weights": source}, of_row)
+            )
+    with opened_folder(out_dir, arguments):
+        with watched(trainings, "peak", out_dir), Workers(processes) as workers:
+            failures = workers.map(train_once, [one for one in trainings if not one.report_file.exists()])
+        results = keep_results(trainings, "peak", out_dir)
+        failures = [failure for failure in failures if failure]
+        if not results:
+            raise UserError(failures[-1] if failures else "every training was lost with its worker: see above")
+        names = list(dict.fromkeys(training.scheme for training in trainings))
+        report = {
+            "memory": "peak",
+            "schemes": compare(results, names),
+            "missing": failures
+            or [f"{one.scheme}, seed {one.seed}" for one in trainings if not one.report_file.exists()],
+            "seconds": time.monotonic() - started,
+        }
+        write_json(out_dir / "report.json", report)
+        draw_comparison(report, f"{Path(network).stem} on {data}", out_dir / "comparison.png")
+        log_to_wandb(logger, "compare_int8", results, report, out_dir, arguments)
+    print_report(report, out_dir)
+    return report
+
+
+def described_row(row: str, batch_size: int) -> tuple[str, str, int]:
+    """The way to train, the scheme and the batch size of a row such as ``in_place:scheme.json:1``.
+
+    Example::
+
+        described_row("latent:biases", 64)  # ("latent", "biases", 64)
+    """
+    way, _, rest = row.partition(":")
+    scheme, colon, own = rest.rpartition(":")
+    if not colon or not own.isdecimal():
+        scheme, own = rest, str(batch_size)
+    if way not in WAYS or not scheme or int(own) < 1:
+        ways = ", ".join(WAYS)
+        raise UserError(f"row {row!r} is none: give WAY:SCHEME or WAY:SCHEME:BATCH_SIZE, where WAY is one of {ways}")
+    return way, scheme, int(own)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,326 @@
+"""Trainings of several things on the same seeds, side by side, and the paired differences of their accuracies."""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import statistics
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+import wandb
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student_t
+
+from microtune.datamodules.progress import progress_bar
+from microtune.modules.scheme_search import Memory
+from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+from microtune.modules.whole_files import whole_file
+from microtune.recipes.data_sets import data_module
+from microtune.recipes.memory_figures import KIB
+from microtune.recipes.run_folder import LoggerName, make_loggers, wandb_run
+from microtune.recipes.shared_folder import CLAIMS, open_shared_folder
+from microtune.recipes.training import train
+
+log = logging.getLogger(__name__)
+
+CONFIDENCE = 0.95
+# they would say for every training what they have said, or what the summary says
+QUIET = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "microtune.datamodules",
+    "microtune.modules",
+    "microtune.recipes.training",
+)
+# what may differ after a stop
+MAY_CHANGE = {"out_dir", "logger", "processes", "data_dir"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: a row of the results, once it is done.
+
+    Args:
+        scheme: Name of what is compared; what it stands for may be another for each seed.
+        seed: Of the fresh classifier, the order of the samples and their augmentation.
+        batch_size: Samples per step.
+        learning_rate: At its highest.
+        folder: Of the run; the training is done when its report is there.
+        data_arguments: Further ones of ``data_module``.
+        train_arguments: Further ones of ``train``.
+    """
+
+    scheme: str
+    seed: int
+    batch_size: int
+    learning_rate: float
+    folder: str
+    data_arguments: dict[str, Any]
+    train_arguments: dict[str, Any]
+
+    @property
+    def report_file(self) -> Path:
+        """What the run leaves behind when it is done."""
+        return Path(self.folder) / "report.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out of a training: a row of ``results.csv``; the seconds are those since its last start."""
+
+    scheme: str
+    seed: int
+    top1: float
+    val_top1: float | None
+    memory_bytes: float
+    bias_depth: int
+    updated_layers: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def opened_folder(out_dir: Path, arguments: dict[str, Any]) -> Iterator[None]:
+    """Makes the folder, or checks that the comparison in it is this one; it is this process's in the block."""
+    open_shared_folder(out_dir, arguments, MAY_CHANGE)
+    try:
+        held = FileLock(out_dir / CLAIMS / "comparison.lock", timeout=0).acquire()
+    except Timeout as error:
+        raise UserError(f"another process is at the comparison in {out_dir}: wait for it") from error
+    with held:
+        yield
+
+
+def train_once(training: Training) -> str | None:
+    """Trains, or goes on after the last finished epoch of a training that was stopped: what a worker is asked for.
+
+    Args:
+        training: What is trained.
+
+    Returns:
+        What went wrong with this training, such as a loss that is no number; else None, and the report is written.
+    """
+    # two busy jobs with two threads each slow one another several times (spinning OpenMP threads)
+    torch.set_num_threads(1)
+    folder = Path(training.folder)
+    resume = (folder / "config.yaml").exists()
+    if folder.exists() and not resume:
+        shutil.rmtree(folder)  # it had not begun
+    of_training = {"batch_size": training.batch_size, "seed": training.seed, "learning_rate": training.learning_rate}
+    try:
+        with quiet():
+            data = data_module(**training.data_arguments, batch_size=training.batch_size, seed=training.seed)
+            arguments = {"weights": "none"} | training.train_arguments | of_training
+            train(
+                data, "paired_trainings", arguments, allow_oversize=True, logger="none", out_dir=folder, resume=resume,
+                **arguments,
+            )  # fmt: skip
+    except UserError as error:
+        return f"{training.scheme}, seed {training.seed}: {error}"
+    return None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops what a training prints, its progress bars and Lightning's remarks."""
+    loggers = [logging.getLogger(name) for name in QUIET]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def watched(trainings: Sequence[Training], memory: Memory, out_dir: Path, every_seconds: float = 1) -> Iterator[None]:
+    """Writes results and shows how far the trainings are, while they run in the block."""
+    began, known = time.monotonic(), sum(training.report_file.exists() for training in trainings)
+    stop = threading.Event()
+    with progress_bar() as progress:
+        bar = progress.add_task("trainings", total=len(trainings), completed=known)
+
+        def watch() -> None:
+            shown = known
+            while not stop.wait(every_seconds):
+                done = sum(training.report_file.exists() for training in trainings)
+                if done == shown:
+                    continue
+                shown = done
+                keep_results(trainings, memory, out_dir)
+                progress.update(bar, completed=done)
+                if progress.disable:
+                    left = (time.monotonic() - began) / (done - known) * (len(trainings) - done)
+                    log.info("%d of %d trainings, %.0f s left at this pace", done, len(trainings), left)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+
+
+def keep_results(trainings: Sequence[Training], memory: Memory, out_dir: Path) -> list[Row]:
+    """The rows of all trainings that are done, which ``results.csv`` has then too."""
+    rows = []
+    for training in trainings:
+        if training.report_file.exists():
+            report = json.loads(training.report_file.read_text(encoding="utf-8"))
+            scheme = UpdateScheme.load(Path(training.folder) / "scheme.json")
+            rows.append(
+                Row(
+                    training.scheme,
+                    training.seed,
+                    report["top1"],
+                    report.get("val_top1"),
+                    report[f"{memory}_memory_bytes"],
+                    scheme.bias_depth,
+                    len(scheme.weights),
+                    round(report["seconds"], 1),
+                )
+            )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Row.__dataclass_fields__)
+    writer.writerows(astuple(row) for row in rows)
+    with whole_file(out_dir / "results.csv") as partial:
+        partial.write_text(text.getvalue(), encoding="utf-8")
+    return rows
+
+
+def compare(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each scheme its memory and accuracy, and by how much the first one is better, over the seeds that both have.
+
+    Args:
+        rows: All trainings that are done.
+        names: The schemes, the first being what the others are compared with.
+    """
+    top1 = {name: {row.seed: row.top1 for row in rows if row.scheme == name} for name in names}
+    compared = []
+    for name in names:
+        own = [row for row in rows if row.scheme == name]
+        entry: dict[str, Any] = {"scheme": name, "top1": top1[name]}
+        if own:
+            for column in ("memory_bytes", "top1", "val_top1", "seconds"):
+                values = [getattr(row, column) for row in own if getattr(row, column) is not None]
+                if not values:
+                    continue
+                entry[f"{column}_mean"] = statistics.mean(values)
+                if column.endswith("top1"):
+                    entry[f"{column}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        both = [seed for seed in top1[names[0]] if seed in top1[name]]
+        if name != names[0] and both:
+            differences = [top1[names[0]][seed] - top1[name][seed] for seed in both]
+            entry["difference"] = statistics.mean(differences)
+            entry["interval"] = interval(differences)
+        compared.append(entry)
+    return compared
+
+
+def interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Student's confidence interval of the mean; None of fewer than two values.
+
+    Example::
+
+        interval([0.01, 0.02, 0.03])  # (-0.0048..., 0.0448...)
+    """
+    count = len(differences)
+    if count < 2:
+        return None
+    half = student_t.ppf((1 + confidence) / 2, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    mean = statistics.mean(differences)
+    return float(mean - half), float(mean + half)
+
+
+def draw_comparison(report: dict[str, Any], title: str, path: Path) -> None:
+    """Draws the accuracy of every training, and the mean of each scheme, as a PNG."""
+    matplotlib.use("Agg")
+    trained = [entry for entry in report["schemes"] if entry["top1"]]
+    figure, axes = plt.subplots(figsize=(max(6, 1.5 * len(trained)), 4.5), layout="constrained")
+    for place, entry in enumerate(trained):
+        values = [value * 100 for value in entry["top1"].values()]
+        axes.plot([place] * len(values), values, ".", color="tab:blue", alpha=0.6, label="" if place else "a seed")
+        mean = [entry["top1_mean"] * 100]
+        axes.plot([place], mean, "_", color="black", markersize=22, label="" if place else "mean")
+    ticks = [f"{entry['scheme']}\n{entry['memory_bytes_mean'] / KIB:.1f} KiB" for entry in trained]
+    axes.set_xticks(range(len(trained)), ticks, fontsize=8)
+    axes.margins(x=0.1, y=0.1)
+    axes.set(ylabel="top-1 on the test split, %", title=title)
+    axes.grid(axis="y", linewidth=0.4)
+    axes.legend(fontsize=8)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+    plt.close(figure)
+
+
+def log_to_wandb(
+    logger: LoggerName,
+    recipe: str,
+    rows: Sequence[Row],
+    report: dict[str, Any],
+    out_dir: Path,
+    arguments: dict[str, Any],
+) -> None:
+    """Logs the results, the comparison and the picture as one run."""
+    if logger != "wandb":
+        return
+    experiment = wandb_run(make_loggers(logger, out_dir, recipe))
+    if experiment is not None:
+        experiment.config.update({"arguments": arguments}, allow_val_change=True)
+        table = wandb.Table(list(Row.__dataclass_fields__), [list(astuple(row)) for row in rows])
+        experiment.log({"results": table, "comparison": wandb.Image(str(out_dir / "comparison.png"))})
+        experiment.summary.update(
+            {f"top1/{one['scheme']}": one["top1_mean"] for one in report["schemes"] if one["top1"]}
+        )
+        wandb.finish()
+
+
+def print_report(report: dict[str, Any], out_dir: Path) -> None:
+    """Prints a row per scheme, what is missing, and where the results lie."""
+    first = report["schemes"][0]["scheme"]
+    table = Table("", title="Top-1 on the test split")
+    columns = (f"{report['memory']} memory, KiB", "top-1, %", f"{first} minus this, points", "95 % interval", "seeds")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for entry in report["schemes"]:
+        if not entry["top1"]:
+            table.add_row(entry["scheme"], "", "missing", "", "", "0")
+            continue
+        std = entry["top1_std"]
+        spread = "" if std is None else f" ± {std * 100:.2f}"
+        low_and_high = entry.get("interval")
+        table.add_row(
+            entry["scheme"],
+            f"{entry['memory_bytes_mean'] / KIB:.1f}",
+            f"{entry['top1_mean'] * 100:.2f}{spread}",
+            f"{entry['difference'] * 100:+.2f}" if "difference" in entry else "",
+            " to ".join(f"{value * 100:+.2f}" for value in low_and_high) if low_and_high else "",
+            str(len(entry["top1"])),
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for name in report["missing"]:
+        print(f"missing: {name}; the same command tries again")
+    print(f"results: {out_dir / 'results.csv'}, report: {out_dir / 'report.json'}, {report['seconds']:.0f} s")
