@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import pickle
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +22,7 @@ from microtune.datamodules.images_in_memory import (
     random_views,
 )
 from microtune.datamodules.reproducible_order import data_loader, stratified_split
+from microtune.modules.plain_pickles import read_plain_pickle
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def read_batch(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
 
         pixels, labels = read_batch(Path("data/cifar-10-batches-py/test_batch"), num_classes=10)
     """
-    entries = read_plain_pickle(path)
+    entries = _entries(path)
     pixels = entries.get("data")
     if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (3072,) or not len(pixels):
         found = pixels.shape if isinstance(pixels, np.ndarray) else type(pixels).__name__
@@ -234,78 +234,22 @@ def read_class_names(path: Path, num_classes: int) -> list[str]:
         read_class_names(Path("data/cifar-10-batches-py/batches.meta"), num_classes=10)  # ["airplane", ...]
     """
     key = "label_names" if num_classes == 10 else "fine_label_names"
-    names = read_plain_pickle(path).get(key)
+    names = _entries(path).get(key)
     if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
         raise _not_cifar(path, f"'{key}' is not a list of {num_classes} names")
     return names
 
 
-def read_plain_pickle(path: Path) -> dict[str, Any]:
-    """Read a pickled dictionary of numbers, text, lists and uint8 arrays, and run nothing that the file names.
-
-    Raises:
-        UserError: if the file is missing, is no pickle, or names anything but a uint8 array.
-
-    Example::
-
-        read_plain_pickle(Path("data/cifar-10-batches-py/batches.meta"))["label_names"]
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing: delete {path.parent} and give --download true")
-    try:
-        with path.open("rb") as file:
-            entries = _PlainUnpickler(file, encoding="latin1").load()
-    # A file that is no pickle makes the unpickler fail with almost any exception.
-    except Exception as error:
-        raise _not_cifar(path, f"{type(error).__name__}: {error}") from error
+def _entries(path: Path) -> dict[str, Any]:
+    entries = read_plain_pickle(path, "a CIFAR file", _remedy(path), dtypes=("u1",))
     if not isinstance(entries, dict):
         raise _not_cifar(path, f"it holds a {type(entries).__name__}, not a dict")
-    return {key: value.array if isinstance(value, _PickledArray) else value for key, value in entries.items()}
+    return entries
 
 
 def _not_cifar(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is not a CIFAR file ({what}): delete {path.parent} and give --download true")
+    return UserError(f"{path} is not a CIFAR file ({what}): {_remedy(path)}")
 
 
-class _PickledArray:
-    """Takes the place of a numpy array. numpy's own ``__setstate__`` would trust types and flags from the file."""
-
-    def __init__(self, *_: object) -> None:
-        self.array: np.ndarray | None = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, _, columns_first, values = state
-        values = values.encode("latin1") if isinstance(values, str) else values  # a str if written by Python 2
-        self.array = np.frombuffer(values, np.uint8).reshape(shape, order="F" if columns_first else "C").copy()
-
-
-class _PickledDtype:
-    """Takes the place of numpy's dtype and admits one."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        if code != "u1":
-            raise pickle.UnpicklingError(f"it holds an array of type {code}, not u1")
-
-    def __setstate__(self, state: tuple) -> None:
-        pass
-
-
-def _encoded(text: str, encoding: str) -> bytes:
-    """Takes the place of ``_codecs.encode``, which carries bytes in pickles of protocol 2 that Python 3 wrote."""
-    return text.encode("latin1")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    STAND_INS = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-        ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
-        ("numpy", "ndarray"): _PickledArray,
-        ("numpy", "dtype"): _PickledDtype,
-        ("_codecs", "encode"): _encoded,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.STAND_INS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data") from None
+def _remedy(path: Path) -> str:
+    return f"delete {path.parent} and give --download true"

@@ -3,8 +3,8 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -117,6 +117,10 @@ class ContributionTable:
         for row, gain in zip(rows, shrunk([r.gain for r in rows], [r.standard_error for r in rows]), strict=True):
             gains.setdefault(row.layer, {})[row.ratio] = gain
         return gains
+
+    def renamed(self, names: Mapping[str, str]) -> "ContributionTable":
+        """The same gains for a network whose layers have other names; a name without another stays."""
+        return ContributionTable(tuple(replace(row, layer=names.get(row.layer, row.layer)) for row in self.rows))
 
     def check(self, convolutions: Sequence[Convolution], layers: Sequence[str] = ()) -> None:
         """Raises ``UserError`` unless the table is of a network with these convolutions.

@@ -5,7 +5,8 @@ import math
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,16 @@ from microtune.modules.user_error import UserError
 LIMIT = 2**29  # bytes of a file; the largest one that is read so, CIFAR-100's training images, has 155 MB
 DEEPEST = 100  # containers in containers, lest Python's own recursion end
 DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-# pickle's opcodes for what is not in the file: persistent objects, registered classes, buffers handed over beside it
-OUTSIDE = ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER")
-SETS = ("EMPTY_SET", "ADDITEMS", "FROZENSET")
+# opcodes that put their own argument on the stack: numbers, text and bytes
+VALUES = {
+    opcode.name
+    for opcode in pickletools.opcodes
+    if opcode.arg and opcode.stack_after and opcode.stack_after[0] is not pickletools.anyobject
+}
+# those that take from the stack: all above the last mark, or so many
+TO_MARK = ("TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "POP_MARK")
+TAKES = {"POP": 1, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
+TAKES |= {"BUILD": 1, "REDUCE": 2, "STACK_GLOBAL": 2}
 
 
 def read_plain_pickle(
@@ -50,10 +58,8 @@ def read_plain_pickle(
         raise UserError(f"{path} is missing: {remedy}")
     try:
         pickled = _read_pickled(path)
-        _check_opcodes(pickled)
-        _check_keys(pickled)
-        return _plain(_PlainUnpickler(io.BytesIO(pickled), encoding="latin1").load(), dtypes, {}, DEEPEST)
-    # A file that is no pickle makes the unpickler fail with almost any exception.
+        return _plain(_unpickled(pickled), dtypes, {}, DEEPEST)
+    # what is no pickle fails with almost any exception
     except Exception as error:
         why = f"{type(error).__name__}: {error}"[:200]
         why = "".join(character if character.isprintable() else "?" for character in why)
@@ -79,53 +85,91 @@ def _read_member(content: bytes) -> bytes:
         return archive.read(members[0])
 
 
-def _check_opcodes(pickled: bytes) -> None:
-    """Refuses what lies outside the pickle, and what could cost memory before the unpickler fails."""
-    end = 0
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
-        if opcode.name in OUTSIDE:
-            raise pickle.UnpicklingError("it refers to objects outside the pickle, such as torch's tensors")
-        if opcode.name in SETS:
-            raise pickle.UnpicklingError("it holds a set, which is not plain data")
-        # the unpickler makes room for as many objects as the largest index, which pickle counts up from 0
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
-            raise pickle.UnpicklingError(f"it numbers an object {argument} after {count} steps")
-        end = position + 1
-    if end < len(pickled):
-        raise pickle.UnpicklingError(f"{len(pickled) - end} bytes follow its end")
+def _unpickled(pickled: bytes) -> Any:
+    """What a pickle holds, with stand-ins for numpy's arrays.
 
-
-def _check_keys(pickled: bytes) -> None:
-    """Refuses a tuple as a key before the unpickler hashes it: a deep one ends Python, of a shared one there is no end.
-
-    It follows the unpickler's stack as pickletools describes it, of which it keeps what is a tuple.
+    A machine of our own runs the opcodes, as ``torch.load(weights_only=True)`` has one: it knows those for plain data
+    and calls nothing but the functions below. Python's unpickler, however it is restricted, ends the whole program on a
+    key that is a deep tuple, or on an object numbered two billions.
     """
-    stack, marks, memo = [], [], {}
-    for opcode, argument, _ in pickletools.genops(pickled):
-        name, after = opcode.name, opcode.stack_after
-        items = []
-        if name == "POP" and marks and marks[-1] == len(stack):
-            marks.pop()
-        elif pickletools.markobject in opcode.stack_before:
-            begin = marks.pop()
-            items, stack[begin:] = stack[begin:], []
-            del stack[len(stack) - opcode.stack_before.index(pickletools.markobject) :]
-        elif opcode.stack_before:
-            count = len(opcode.stack_before)
-            items, stack[-count:] = stack[-count:], []
-        keys = items[1:2] if name == "SETITEM" else items[::2] if name in ("SETITEMS", "DICT") else []
-        if True in keys:
-            raise pickle.UnpicklingError("a key is a tuple, which is not a number or text")
-        if name == "MARK":
-            marks.append(len(stack))
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name in ("MEMOIZE", "DUP"):
-            stack.extend(items * len(after))
-        else:
-            stack.extend(kind is pickletools.pytuple for kind in after)
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    for opcode, argument, position in pickletools.genops(pickled):
+        name = opcode.name
+        if name in VALUES:
+            stack.append(argument)
+            continue
+        begin = marks.pop() if name in TO_MARK else len(stack) - TAKES.get(name, 0)
+        if begin < (marks[-1] if marks else 0):
+            raise pickle.UnpicklingError(f"{name} takes more than there is")
+        taken = stack[begin:]
+        del stack[begin:]
+        match name:
+            case "STOP":
+                if position + 1 < len(pickled):
+                    raise pickle.UnpicklingError(f"{len(pickled) - position - 1} bytes follow its end")
+            case "MARK":
+                marks.append(len(stack))
+            case "APPEND" | "APPENDS":
+                _extend(stack[-1], taken)
+            case "SETITEM" | "SETITEMS":
+                _set_items(stack[-1], taken)
+            case "BUILD":
+                _set_state(stack[-1], taken[0])
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "PROTO" | "FRAME" | "POP" | "POP_MARK":
+                pass
+            case _:
+                stack.append(_made(name, argument, taken))
+    return stack[-1]
+
+
+def _made(name: str, argument: Any, taken: list[Any]) -> Any:
+    match name:
+        case "NONE" | "NEWTRUE" | "NEWFALSE":
+            return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name]
+        case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "EMPTY_TUPLE":
+            return tuple(taken)
+        case "LIST" | "EMPTY_LIST":
+            return taken
+        case "DICT" | "EMPTY_DICT":
+            made: dict[Any, Any] = {}
+            _set_items(made, taken)
+            return made
+        case "GLOBAL":
+            return _named(*argument.split(" ", 1))
+        case "STACK_GLOBAL":
+            return _named(*taken)
+        case "REDUCE":
+            return _called(*taken)
+        case "PERSID" | "BINPERSID":
+            raise pickle.UnpicklingError("it refers to objects outside the pickle, such as torch's tensors")
+    raise pickle.UnpicklingError(f"it uses {name}, which plain data does not need")
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if type(target) is not list:
+        raise pickle.UnpicklingError(f"it appends to {_described(target)}")
+    target.extend(items)
+
+
+def _set_items(target: Any, items: list[Any]) -> None:
+    if type(target) is not dict or len(items) % 2:
+        raise pickle.UnpicklingError(f"it sets {len(items)} keys and values of {_described(target)}")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if key is not None and type(key) not in (str, int, float, bool):
+            raise pickle.UnpicklingError(f"a key is {_described(key)}, which is not a number or text")
+        target[key] = value
+
+
+def _set_state(target: Any, state: Any) -> None:
+    if type(target) not in (_Array, _Dtype) or type(state) is not tuple:
+        raise pickle.UnpicklingError(f"it sets the state of {_described(target)}")
+    target.set_state(*state)
 
 
 def _plain(value: Any, dtypes: Collection[str], known: dict[int, tuple[Any, Any]], deepest: int) -> Any:
@@ -146,8 +190,6 @@ def _plain(value: Any, dtypes: Collection[str], known: dict[int, tuple[Any, Any]
     result = value
     if type(value) is dict:
         for key, item in value.items():
-            if key is not None and type(key) not in (str, int, float, bool):
-                raise pickle.UnpicklingError(f"a key is {_described(key)}, which is not a number or text")
             value[key] = _plain(item, dtypes, known, deepest - 1)
     elif type(value) is list:
         value[:] = [_plain(item, dtypes, known, deepest - 1) for item in value]
@@ -164,8 +206,9 @@ def _plain(value: Any, dtypes: Collection[str], known: dict[int, tuple[Any, Any]
 
 
 def _described(value: Any) -> str:
-    names = {_Array: "an array", _Dtype: "a numpy.dtype", _Function: "a function of numpy"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    if type(value) is _Function:
+        return value.name
+    return {_Array: "an array", _Dtype: "a numpy.dtype"}.get(type(value), f"a {type(value).__name__}")
 
 
 def _check_dtype(code: Any, dtypes: Collection[str]) -> None:
@@ -174,51 +217,35 @@ def _check_dtype(code: Any, dtypes: Collection[str]) -> None:
         raise pickle.UnpicklingError(f"it holds an array of type {code}, not {' or '.join(dtypes)}")
 
 
+@dataclass(frozen=True)
+class _Function:
+    """Takes the place of a function of numpy or Python."""
+
+    name: str
+
+
 class _Dtype:
     """Takes the place of numpy's dtype, and admits numbers."""
 
-    __slots__ = ("code",)
-
-    def __init__(self, code: str, *_: object) -> None:
+    def __init__(self, code: Any, *_: object) -> None:
         _check_dtype(code, DTYPES)
         self.code = code
 
-    def __setstate__(self, state: tuple) -> None:
-        # byte order, and what only arrays of records have
-        if state[1] not in ("<", "|") or state[2:5] != (None, None, None):
+    def set_state(self, _: object, byte_order: Any, *record: object) -> None:
+        if byte_order not in ("<", "|") or record[:3] != (None, None, None):
             raise pickle.UnpicklingError(f"it holds an array of {self.code} which are not plain little-endian numbers")
 
 
 class _Array:
-    """Takes the place of a numpy array or scalar. numpy's own ``__setstate__`` would trust the types in the file."""
-
-    __slots__ = ("values",)
+    """Takes the place of a numpy array or scalar."""
 
     def __init__(self, values: np.ndarray | np.generic | None = None) -> None:
         self.values = values
 
-    def __setstate__(self, state: tuple) -> None:
+    def set_state(self, _: object, shape: Any, dtype: Any, columns_first: Any, values: Any) -> None:
         if self.values is not None:
             raise pickle.UnpicklingError("it fills an array twice")
-        _, shape, dtype, columns_first, values = state
         self.values = _array(values, dtype, shape, "F" if columns_first else "C")
-
-
-class _Function:
-    """Takes the place of a function. A pickle can set the state of anything, and a function of Python has some."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable | None) -> None:
-        self._function = function
-
-    def __call__(self, *arguments: object) -> Any:
-        if self._function is None:
-            raise pickle.UnpicklingError("it makes a numpy.ndarray of its own")
-        return self._function(*arguments)
-
-    def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError("it sets the state of a function")
 
 
 def _array(values: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
@@ -244,6 +271,11 @@ def _from_buffer(values: Any, dtype: Any, shape: Any, order: Any, axes: Any = No
     return _Array(_array(values, dtype, shape, order))
 
 
+def _reconstructed(*_: object) -> _Array:
+    """As numpy's function, which makes an array whose shape and values follow."""
+    return _Array()
+
+
 def _scalar(dtype: Any, values: Any) -> _Array:
     return _Array(_array(values, dtype, (), "C")[()])
 
@@ -260,21 +292,28 @@ def _no_bytes() -> bytes:
     return b""
 
 
-STAND_INS = {
-    ("numpy.core.multiarray", "_reconstruct"): _Function(lambda *_: _Array()),
-    ("numpy.core.multiarray", "scalar"): _Function(_scalar),
-    ("numpy.core.numeric", "_frombuffer"): _Function(_from_buffer),
-    ("numpy", "ndarray"): _Function(None),  # an argument of _reconstruct, which is not called itself
-    ("numpy", "dtype"): _Function(_Dtype),
-    ("_codecs", "encode"): _Function(_encoded),
-    ("__builtin__", "bytes"): _Function(_no_bytes),
-    ("builtins", "bytes"): _Function(_no_bytes),
+CALLED = {
+    "numpy.core.multiarray._reconstruct": _reconstructed,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "numpy.dtype": _Dtype,
+    "_codecs.encode": _encoded,
+    "__builtin__.bytes": _no_bytes,
+    "builtins.bytes": _no_bytes,
 }
+NOT_CALLED = "numpy.ndarray"  # only an argument of _reconstruct
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return STAND_INS[module.replace("numpy._core.", "numpy.core."), name]  # numpy 2 renamed it
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data") from None
+def _named(module: Any, name: Any) -> _Function:
+    if type(module) is not str or type(name) is not str:
+        raise pickle.UnpicklingError(f"it asks for {_described(module)} and {_described(name)}, which are no names")
+    full_name = f"{module.replace('numpy._core.', 'numpy.core.')}.{name}"  # numpy 2 renamed it
+    if full_name not in (*CALLED, NOT_CALLED):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+    return _Function(full_name)
+
+
+def _called(function: Any, arguments: Any) -> Any:
+    if type(function) is not _Function or function.name not in CALLED or type(arguments) is not tuple:
+        raise pickle.UnpicklingError(f"it calls {_described(function)} with {_described(arguments)}")
+    return CALLED[function.name](*arguments)

@@ -99,8 +99,9 @@ class QuantizedConv2d(nn.Conv2d):
         dtype = self.accumulates_in
         sums = F.conv2d(
             self.padded(x).to(dtype), weight.to(dtype), None, self.stride, self.padding, self.dilation, self.groups
-        ).to(torch.float32)
-        return sums.add_(bias.view(1, -1, 1, 1)).mul_(self.effective_scale).round_()
+        ).add_(bias.view(1, -1, 1, 1))
+        # a device converts its 32-bit integer to float, which rounds like this
+        return sums.to(torch.float32).mul_(self.effective_scale).round_()
 
     def saturated(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The output, without gradients, of a weight and a bias that training may have made no whole numbers."""

@@ -102,13 +102,13 @@ def measure(data: LightningDataModule, width: float, scheme: str, batches: int, 
     described = describe_network("none", data.input_shape, data.num_classes, width)
     update_scheme = described.load_scheme(scheme)
     plain = described.network.to(device, memory_format=torch.channels_last)
-    network, restore_frozen = prepared(plain, update_scheme, described.operations, "sub_tensor")
+    ready = prepared(plain, update_scheme, described.operations, "sub_tensor")
 
     loader = data.train_dataloader()
     batch = tuple(part.to(device) for part in next(iter(loader)))
     samples, labels = data.on_after_batch_transfer(batch, 0)
     samples = samples.contiguous(memory_format=torch.channels_last)
-    step = training_step(network, restore_frozen, samples, labels)
+    step = training_step(ready, samples, labels)
     has_front_end = type(data).on_after_batch_transfer is not LightningDataModule.on_after_batch_transfer
     for _ in range(2):
         step()

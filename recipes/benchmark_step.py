@@ -1,4 +1,4 @@
-"""Times one training step: full update, frozen parameters, masked gradients, sub-tensor layers.
+"""Times one training step: full update, masked gradients, frozen parameters, sub-tensor layers.
 
     uv run recipes/benchmark_step.py --width 0.35 --resolution 128 --batch_size 32 \\
         --scheme recipes/schemes/mobilenet_v2-w0.35_lin2022_99kb.json
@@ -14,6 +14,7 @@ import copy
 import json as json_format
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -32,7 +33,7 @@ from microtune.modules.update_scheme import UpdateScheme
 from microtune.recipes.command_line import check_at_least_one, run
 from microtune.recipes.networks import describe_network, scheme_by_name_or_file, source_of_weights
 
-METHODS = ("full", "freeze", "mask", "sub_tensor")
+METHODS = ("full", "published", "freeze", "mask", "sub_tensor")
 
 
 def main(
@@ -50,7 +51,7 @@ def main(
     threads: int | None = None,
     json: bool = False,
 ) -> None:
-    """Times one training step: full update, frozen parameters, masked gradients, sub-tensor layers.
+    """Times one training step: full update, masked gradients, frozen parameters, sub-tensor layers.
 
     Args:
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits) or full.
@@ -82,9 +83,9 @@ def main(
     steps: dict[str, Callable[[], None]] = {"forward": lambda: forward_only(plain, samples)}
     saved = {}
     for method in METHODS:
-        trained, restore_frozen = prepared(plain, update_scheme, described.operations, method)
-        saved[method] = measure_saved_bytes(trained, samples) / batch_size
-        steps[method] = training_step(trained, restore_frozen, samples, labels)
+        ready = prepared(plain, update_scheme, described.operations, method)
+        saved[method] = measure_saved_bytes(ready.network, samples) / batch_size
+        steps[method] = training_step(ready, samples, labels)
     seconds = interleaved_seconds(steps, rounds, show_progress=not json)
 
     report = {"forward_seconds": median(seconds["forward"]), "threads": torch.get_num_threads(), "methods": {}}
@@ -99,22 +100,46 @@ def main(
     print(json_format.dumps(report, indent=2)) if json else print_table(report, batch_size)
 
 
-def prepared(
-    plain: nn.Module, scheme: UpdateScheme, operations: NetworkOperations, method: str
-) -> tuple[nn.Module, Callable[[], None]]:
-    """A copy of the network that trains by this method, and what is to be done after each step."""
+@dataclass(frozen=True)
+class Prepared:
+    """A network that trains by one method.
+
+    Args:
+        network: A copy, in training mode.
+        trained: What the optimizer updates; more may have gradients.
+        restore_frozen: What is to be done after each step.
+    """
+
+    network: nn.Module
+    trained: list[nn.Parameter]
+    restore_frozen: Callable[[], None]
+
+
+def prepared(plain: nn.Module, scheme: UpdateScheme, operations: NetworkOperations, method: str) -> Prepared:
+    """A copy of the network that trains by this method.
+
+    Args:
+        plain: The network.
+        scheme: What is updated, but by ``"full"``.
+        operations: Of the network.
+        method: ``"full"`` updates everything; ``"published"`` computes every gradient too, then masks and applies those
+            of the scheme, as the code of Lin et al. does; ``"freeze"`` computes those of the scheme's whole weights and
+            applies them; ``"mask"`` and ``"sub_tensor"`` are those of ``SparseUpdate``.
+    """
     network = copy.deepcopy(plain).train()
+    if method == "full":
+        return Prepared(network, list(network.parameters()), lambda: None)
     channels = choose_channels(network, scheme, operations.convolutions)
-    if method in ("sub_tensor", "mask"):
-        applied = AppliedScheme(network, scheme, operations, channels, method)
-        return network, applied.restore_frozen
+    applied = AppliedScheme(network, scheme, operations, channels, "sub_tensor" if method == "sub_tensor" else "mask")
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if method == "published":
+        network.requires_grad_(True)
     if method == "freeze":
-        applied = AppliedScheme(network, scheme, operations, channels, "mask")
-        flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
         applied.remove()
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(flags[name])
-    return network, lambda: None
+        network.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return Prepared(network, trained, (lambda: None) if method == "freeze" else applied.restore_frozen)
 
 
 def forward_only(network: nn.Module, samples: Tensor) -> None:
@@ -123,17 +148,15 @@ def forward_only(network: nn.Module, samples: Tensor) -> None:
         network(samples)
 
 
-def training_step(
-    network: nn.Module, restore_frozen: Callable[[], None], samples: Tensor, labels: Tensor
-) -> Callable[[], None]:
+def training_step(ready: Prepared, samples: Tensor, labels: Tensor) -> Callable[[], None]:
     """Forward, backward and an SGD step without momentum, ready to be called."""
-    optimizer = torch.optim.SGD([parameter for parameter in network.parameters() if parameter.requires_grad], 1e-3)
+    optimizer = torch.optim.SGD(ready.trained, 1e-3)
 
     def step() -> None:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(network(samples), labels).backward()
+        ready.network.zero_grad()
+        nn.functional.cross_entropy(ready.network(samples), labels).backward()
         optimizer.step()
-        restore_frozen()
+        ready.restore_frozen()
 
     return step
 

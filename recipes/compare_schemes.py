@@ -50,7 +50,7 @@ from microtune.recipes.paired_trainings import (
     watched,
 )
 from microtune.recipes.run_folder import LoggerName, new_folder, plain
-from microtune.recipes.search_setup import Budget, budget_of, make_problem
+from microtune.recipes.search_setup import Budget, budget_of, load_table, make_problem
 from microtune.recipes.training import check_ranges
 from microtune.recipes.trial_setup import TrialSettings, described_by
 from microtune.recipes.workers import Workers
@@ -316,7 +316,7 @@ def ruled(rule: str, judge: Judge) -> UpdateScheme:
 def random_schemes(judge: Judge, contributions: Path | None, seeds: int) -> list[UpdateScheme]:
     """A scheme for each seed, drawn at random, of which updates are thrown out at random until it fits."""
     described = judge.described
-    table = table_without_gains(described) if contributions is None else ContributionTable.load(contributions)
+    table = table_without_gains(described) if contributions is None else load_table(contributions, described)
     problem = make_problem(described, table, judge.budget)
     found = []
     for seed in range(seeds):

@@ -44,6 +44,7 @@ from microtune.recipes.search_setup import (
     budget_of,
     check_table,
     good_guesses,
+    load_table,
     make_problem,
     provenance_of,
     refuse_without_data,
@@ -296,6 +297,7 @@ def main(
     if all_mcus and (mcu, budget_kib, sram_bytes, flash_bytes, reserve_bytes, memory) != (None,) * 5 + ("peak",):
         raise UserError("all_mcus takes the budget of each known microcontroller: leave out every other budget")
     described = searched_network(settings, resolution, input_width, in_channels, num_classes)
+    table = load_table(contributions, described)
     check_table(contributions, table, described, allow_missing_layers)
     evaluations, population = evaluations or EVALUATIONS[fitness], population or POPULATION[fitness]
     check_run_folder(out_dir, resume)

@@ -266,9 +266,9 @@ def measure_steps(described: DescribedNetwork, schemes: dict[str, UpdateScheme])
     saved, steps = {}, {}
     for name, scheme in schemes.items():
         method = "full" if name == "full" else "sub_tensor"
-        network, restore_frozen = prepared(plain, scheme, described.operations, method)
-        saved[name] = measure_saved_bytes(network, samples) / BATCH_SIZE
-        steps[name] = training_step(network, restore_frozen, samples, labels)
+        ready = prepared(plain, scheme, described.operations, method)
+        saved[name] = measure_saved_bytes(ready.network, samples) / BATCH_SIZE
+        steps[name] = training_step(ready, samples, labels)
     seconds = interleaved_seconds(steps, rounds=20, show_progress=False)
     return {
         name: {"autograd_bytes_per_sample": saved[name], "step_seconds": statistics.median(seconds[name])}

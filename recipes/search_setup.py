@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import random
 import shlex
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from microtune.modules.contributions import ContributionTable
 from microtune.modules.microcontrollers import MICROCONTROLLERS, Microcontroller, microcontroller
 from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.quantized_graph import float_names
 from microtune.modules.scheme_optimum import Optimum
 from microtune.modules.scheme_search import Genome, Memory, SearchProblem
 from microtune.modules.simple_schemes import is_expanding
@@ -19,6 +21,8 @@ from microtune.recipes.memory_figures import KIB, what_would_fit
 from microtune.recipes.networks import DescribedNetwork, describe_network
 from microtune.recipes.run_folder import read_config
 from microtune.recipes.trial_setup import TrialSettings, described_by
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,17 @@ def searched_network(
         return described_by(settings)
     shape = (in_channels, resolution, resolution if input_width is None else input_width)
     return describe_network(settings.source, shape, num_classes, settings.width, settings.head_convolution)
+
+
+def load_table(path: Path, described: DescribedNetwork) -> ContributionTable:
+    """Reads a table; of an int8 network also one that was measured on what it was in floating point."""
+    table = ContributionTable.load(path)
+    if not described.is_quantized:
+        return table
+    renamed = table.renamed(float_names(described.network.graph))
+    if renamed != table:
+        log.info("%s was measured in floating point: its layers go by the names of the int8 network", path)
+    return renamed
 
 
 def check_table(path: Path, table: ContributionTable, described: DescribedNetwork, allow_missing_layers: bool) -> None:

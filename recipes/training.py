@@ -12,12 +12,10 @@ from typing import Any
 import matplotlib
 from filelock import FileLock
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from microtune.callbacks.int8_weights import Int8Weights
-from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.modules.batch_norm_folding import fold_batch_norm
 from microtune.modules.channel_choice import ChannelChoice
@@ -32,6 +30,7 @@ from microtune.modules.scheme_application import Method
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import write_json
+from microtune.recipes.int8_training import INT8_FILE, int8_callbacks, int8_report, refuse_unsuited_to_int8
 from microtune.recipes.memory_figures import (
     KIB,
     draw_memory,
@@ -247,8 +246,9 @@ def train(
     callbacks = [checkpoints]
     if update_scheme is not None:
         callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
+    of_int8 = []
     if described.is_quantized and not evaluate_only:
-        callbacks += int8_callbacks(optimizer, gradient_scaling, weight_storage, seed)
+        of_int8 = int8_callbacks(optimizer, gradient_scaling, weight_storage, seed)
     averaging = [EMAWeightAveraging(decay=average_decay)] if average_decay else []
     trainer = make_trainer(
         accelerator=accelerator,
@@ -259,7 +259,7 @@ def train(
         max_epochs=epochs,
         accumulate_grad_batches=accumulate_batches,
         gradient_clip_val=gradient_clip_norm,
-        callbacks=callbacks + averaging,
+        callbacks=callbacks + of_int8 + averaging,
     )
     # the Trainer knows which of several processes this is, and one of them alone opens the folder
     out_dir = open_run_folder(out_dir, recipe, resume)
@@ -283,10 +283,10 @@ def train(
         take_trunk(earlier, module)
         forgotten["earlier_top1_after"] = test_quietly(trainer, earlier, earlier_data)
     run = {"epochs": 0 if evaluate_only else epochs, "batch_size": batch_size, "seed": seed}
-    report |= forgotten | run | {"seconds": time.monotonic() - started}
+    report |= int8_report(of_int8) | forgotten | run | {"seconds": time.monotonic() - started}
     if rank_zero_only.rank == 0:
-        if described.is_quantized and not evaluate_only:
-            write_quantized_network(out_dir / "network.safetensors", *quantized_tensors(module.net, data.class_names))
+        if of_int8:
+            write_quantized_network(out_dir / INT8_FILE, *quantized_tensors(module.net, data.class_names))
         log_run_end(wandb_run(loggers), report, module.test_confusion, data.class_names)
         write_json(out_dir / "report.json", report)
         print_result(report, out_dir)
@@ -310,17 +310,6 @@ def scheme_that_fits(
     return update_scheme
 
 
-def refuse_unsuited_to_int8(has_batch_norm: bool, precision: str) -> None:
-    """Raises ``UserError`` where an int8 network cannot be trained so."""
-    if has_batch_norm:
-        raise UserError("--scheme none trains with batch norm, which an int8 network has not: give --scheme full")
-    if precision not in ("32-true", "32"):
-        raise UserError(
-            f"precision is {precision}, and an int8 network is simulated in float32, whose whole numbers are exact: "
-            "give 32-true"
-        )
-
-
 def network_as_it_is_used(
     described: DescribedNetwork, weights: str, evaluate_only: bool, has_scheme: bool
 ) -> dict[str, bool]:
@@ -328,17 +317,6 @@ def network_as_it_is_used(
     if not described.is_quantized:
         return {"folded": weights_are_folded(weights) if evaluate_only else has_scheme}
     return {"int8_classifier": evaluate_only and described.network.graph.classifier.output is not None}
-
-
-def int8_callbacks(
-    optimizer: OptimizerName, gradient_scaling: bool, weight_storage: WeightStorage, seed: int
-) -> list[Callback]:
-    """What trains an int8 network right, and a line that says so."""
-    scaled = gradient_scaling and optimizer == "sgd"
-    reason = "by --gradient_scaling false" if not gradient_scaling else "AdamW has no use for it"
-    scaling = "with quantization-aware scaling" if scaled else f"without quantization-aware scaling ({reason})"
-    log.info("the int8 network is trained %s and %s weights", scaling, weight_storage)
-    return [QuantizationAwareScaling()] * scaled + [Int8Weights(weight_storage, seed)]
 
 
 def prepare_once(data: LightningDataModule) -> None:
@@ -495,4 +473,6 @@ def print_result(report: dict[str, Any], out_dir: Path) -> None:
             f"top-1 on what it knew before, with its earlier classifier: {report['earlier_top1_before']:.2%}, "
             f"now {report['earlier_top1_after']:.2%}"
         )
+    if (out_dir / INT8_FILE).exists():
+        print(f"the trained int8 network: {out_dir / INT8_FILE}")
     print(f"results: {out_dir / 'report.json'}")

@@ -141,6 +141,8 @@ def _network_and_data(key: str) -> tuple[DescribedNetwork, LightningDataModule]:
         settings.data, settings.data_dir, settings.source, settings.resolution, settings.batch_size, 0,
         settings.data_options,
     )  # fmt: skip
+    if not data.val_samples:
+        raise UserError("trials are judged on the validation split: leave validation_fraction 0 out")
     with seeded_torch(0, 0, 0):
         described = describe_network(
             settings.source, data.input_shape, data.num_classes, settings.width, settings.head_convolution

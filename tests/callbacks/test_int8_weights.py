@@ -201,13 +201,12 @@ def test_latent_copies_are_not_rounded_and_the_network_computes_with_rounded_one
 
 def test_in_place_steps_below_a_half_are_not_lost(new_module):
     latent, in_place = (
-        fit(new_module(learning_rate=2e-4, momentum=0), *callbacks(storage)) for storage in STORAGES
+        fit(new_module(learning_rate=5e-3, momentum=0), *callbacks(storage)) for storage in STORAGES
     )  # the same first step
     name = "blocks.2.pointwise1.weight"
     step = latent.states[1][name] - latent.states[0][name]
     taken = in_place.states[1][name] - in_place.states[0][name]
-    print('MAX',step.abs().max(),step.abs().mean())
-    assert 0.01 < step.abs().max() < 0.5
+    assert 0.2 < step.abs().max() < 0.5
     assert taken.abs().max() == 1
     assert ((taken == 0) | (taken == step.sign())).all()
     deviation = (step.abs() * (1 - step.abs())).sum().sqrt()  # of the sum of steps, by the variance of each

@@ -283,7 +283,9 @@ def test_three_steps_are_those_of_the_network_in_floating_point(method, options)
             assert expected_step.abs().max() > (0.02 if name.startswith("classifier") else 0.5), name
             # what float32 can tell of numbers of that size
             atol = 1e-6 * float(state[name].abs().max())
-            torch.testing.assert_close(step, expected_step, rtol=1e-4, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                step, expected_step, rtol=1e-4, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def with_scales_near_zero(channels: dict[str, list[int]]) -> dict[str, torch.Tensor]:
@@ -364,7 +366,9 @@ def test_accumulated_gradients_are_scaled_once():
     parts = fit(Module(), SparseUpdate(SCHEME), QuantizationAwareScaling(), batch_size=3, accumulate_grad_batches=3)
     assert len(whole.gradients) == len(parts.gradients) == 1
     for name, expected in whole.gradients[0].items():
-        torch.testing.assert_close(parts.gradients[0][name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            parts.gradients[0][name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
 
 
 def first_gradients(**arguments):

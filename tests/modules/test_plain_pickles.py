@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
@@ -63,6 +63,7 @@ def assert_same(read, written):
         assert repr(read) == repr(written)  # so that nan is nan
 
 
+@settings(deadline=None)
 @given(plain, st.sampled_from(PROTOCOLS), st.booleans())
 def test_plain_data_comes_back_as_it_was(tmp_path_factory, value, protocol, in_zip):
     file = tmp_path_factory.getbasetemp() / "plain.pkl"
@@ -219,25 +220,35 @@ def filled(shape=b"K\x01\x85", dtype=INT4, order=b"\x89", values=b"C\x04abcd"):
         (ARRAY + b".", "it holds an array without values"),
         # what stands in for numpy cannot be changed, refilled or called otherwise
         (filled() + b"(K\x01K\x01\x85" + INT4 + b"\x89C\x04abcdtb.", "it fills an array twice"),
-        (b"c_codecs\nencode\n}X\x0c\x00\x00\x00__defaults__K\x01\x85sb.", "it sets the state of a function"),
-        (b"cnumpy\nndarray\nN}X\x08\x00\x00\x00__call__K\x01s\x86b.", "it sets the state of a function"),
-        (b"cnumpy\nndarray\nK\x01\x85R.", "it makes a numpy.ndarray of its own"),
-        (b"cnumpy\nndarray\n)\x81.", "NEWOBJ class argument must be a type"),
-        (b"cnumpy\nndarray\n.", "it holds a function of numpy, which is not plain data"),
+        (b"c_codecs\nencode\n}X\x0c\x00\x00\x00__defaults__K\x01\x85sb.", "it sets the state of _codecs.encode"),
+        (b"cnumpy\nndarray\nN}X\x08\x00\x00\x00__call__K\x01s\x86b.", "it sets the state of numpy.ndarray"),
+        (ARRAY + b"}X\x06\x00\x00\x00valuesK\x01sb.", "it sets the state of an array"),
+        (ARRAY + b"Nb.", "it sets the state of an array"),
+        (ARRAY + b")b.", "set_state.* missing 5 required positional arguments"),
+        (b"}}X\x09\x00\x00\x00__class__K\x01sb.", "it sets the state of a dict"),
+        (b"cnumpy\nndarray\nK\x01\x85R.", "it calls numpy.ndarray with a tuple"),
+        (b"cnumpy\ndtype\n]X\x02\x00\x00\x00i4aR.", "it calls numpy.dtype with a list"),
+        (b"X\x06\x00\x00\x00systemX\x04\x00\x00\x00echo\x85R.", "it calls a str with a tuple"),
+        (ARRAY + b")R.", "it calls an array with a tuple"),
+        (b"cnumpy\nndarray\n)\x81.", "it uses NEWOBJ, which plain data does not need"),
+        (b"cnumpy\nndarray\n.", "it holds numpy.ndarray, which is not plain data"),
         (
             b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.",
             "it encodes text otherwise than as latin1",
         ),
         (b"c_codecs\nencode\n]X\x06\x00\x00\x00latin1\x86R.", "it encodes text otherwise than as latin1"),
         (b"cbuiltins\nbytes\nJ\x00\x00\x00\x7f\x85R.", "TypeError: _no_bytes.. takes 0 positional arguments but 1"),
-        (b"X\x06\x00\x00\x00systemX\x04\x00\x00\x00echo\x85R.", "'str' object is not callable"),
-        (b"}}X\x09\x00\x00\x00__class__K\x01sb.", "AttributeError: 'dict' object has no attribute '__dict__'"),
         (b"\x8c\x05numpy\x8c\x0edtype.__init__\x93.", "it asks for numpy.dtype.__init__, which is not plain data"),
         (b"\x8c\x17plain_pickles.LIMIT\x1b[2J\x8c\x01a\x93.", r"it asks for plain_pickles.LIMIT\?\[2J.a, which is not"),
-        (b"(ios\nsystem\n.", "it asks for os.system"),
+        (b"]\x8c\x06system\x93.", "it asks for a list and a str, which are no names"),
+        (b"(ios\nsystem\n.", "it uses INST, which plain data does not need"),
+        (b"(cnumpy\ndtype\no.", "it uses OBJ, which plain data does not need"),
+        (b"\x82\x01.", "it uses EXT1, which plain data does not need"),
+        (b"\x97.", "it uses NEXT_BUFFER, which plain data does not need"),
+        (b"NQ.", "it refers to objects outside the pickle, such as torch's tensors"),
+        (b"Pname\n.", "it refers to objects outside the pickle, such as torch's tensors"),
         # other data
-        (pickle.dumps({1, 2}), "it holds a set, which is not plain data"),
-        (pickle.dumps(frozenset([1]), 4), "it holds a set, which is not plain data"),
+        (pickle.dumps({1, 2}), "it uses EMPTY_SET, which plain data does not need"),
         (pickle.dumps({1, 2}, 2), "it asks for __builtin__.set, which is not plain data"),
         (pickle.dumps(b"bytes"), "it holds a bytes, which is not plain data"),
         (pickle.dumps(bytearray(b"bytes")), "it asks for builtins.bytearray, which is not plain data"),
@@ -246,26 +257,26 @@ def filled(shape=b"K\x01\x85", dtype=INT4, order=b"\x89", values=b"C\x04abcd"):
         (pickle.dumps({(1, 2): 3}), "a key is a tuple, which is not a number or text"),
         (b"}" + filled() + b"K\x01s.", "a key is an array, which is not a number or text"),
         (pickle.dumps(torch.zeros(2)), "it asks for torch._utils._rebuild_tensor_v2, which is not plain data"),
-        (b"NQ.", "it refers to objects outside the pickle, such as torch's tensors"),
-        (b"\x82\x01.", "it refers to objects outside the pickle, such as torch's tensors"),
-        # what costs memory or time, or ends Python: the hash of a tuple that is deep or shared
-        (b"})" + b"\x85" * 1_000_000 + b"Ns.", "a key is a tuple, which is not a number or text"),
-        (b"}()" + b"\x85" * 1_000_000 + b"Nu.", "a key is a tuple, which is not a number or text"),
-        (b"()" + b"\x85" * 1_000_000 + b"Nd.", "a key is a tuple, which is not a number or text"),
-        (b"})q\x00h\x00h\x00\x86q\x010((h\x01Nu.", "a key is a tuple|pop from|IndexError"),
-        (b"})" + b"2\x86" * 60 + b"Ns.", "a key is a tuple, which is not a number or text"),
-        (b"}(1))" + b"2\x86\x94" * 60 + b"0h\x3bNu.", "a key is a tuple, which is not a number or text"),
-        (b"}})" + b"2\x86" * 60 + b"p7\n0g7\nNs.", "a key is a tuple|it numbers"),
+        # what costs memory or time, or ends Python: the hash of a tuple that is deep, or that holds one tuple often
+        (b"})" + b"\x85" * 100_000 + b"Ns.", "a key is a tuple, which is not a number or text"),
+        (b"}()" + b"\x85" * 60 + b"Nu.", "a key is a tuple, which is not a number or text"),
+        (b"()" + b"\x85" * 60 + b"Nd.", "a key is a tuple, which is not a number or text"),
+        (b")" + b"q\x00h\x00\x86" * 60 + b"q\x000}h\x00Ns.", "a key is a tuple, which is not a number or text"),
         (b"]q\x00h\x00a.", "it contains itself"),
         (b"]" * 102 + b"a" * 101 + b".", "it is nested more than 100 deep"),
         (b"]" * 50_000 + b"a" * 49_999 + b".", "it is nested more than 100 deep"),
-        (b"]r\xff\xff\xff\x7f.", "it numbers an object 2147483647 after 1 steps"),
-        (b"]p999999999999\n.", "it numbers an object 999999999999 after 1 steps"),
         (
             b"\x8e" + struct.pack("<Q", 2**40) + b"a.",
             "ValueError: expected 1099511627776 bytes in a bytes8, but only 2",
         ),
-        (b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.", "UnpicklingError: pickle data was truncated"),
+        # steps that do not fit together
+        (b"NNa.", "it appends to a NoneType"),
+        (b")(u.", "it sets 0 keys and values of a tuple"),
+        (b"}(Nu.", "it sets 1 keys and values of a dict"),
+        (b"](\x85.", "TUPLE1 takes more than there is"),
+        (b"t.", "IndexError: pop from empty list"),
+        (b"h\x07.", "KeyError: 7"),
+        (b".", "IndexError: list index out of range"),
         # no pickles
         (b"", "ValueError: pickle exhausted before seeing STOP"),
         (b"<html>not found</html>", "ValueError: at position 0, opcode b'<' unknown"),
@@ -294,6 +305,7 @@ def test_what_is_no_plain_data_is_refused(file, content, message):
 WHOLE = pickle.dumps({"a": [np.arange(3), (np.float32(1), 2.5, None)], "b": np.ones((2, 2), bool)}, 2)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(max_size=2)), min_size=1, max_size=3),
     st.integers(1, len(WHOLE)),
@@ -306,9 +318,16 @@ def test_a_damaged_file_is_read_or_refused(tmp_path_factory, damages, length):
         reading(tmp_path_factory.getbasetemp() / "damaged.pkl", bytes(content[:length]))
 
 
-def test_stand_ins_are_as_they_were_after_hostile_files():
-    for stand_in in plain_pickles.STAND_INS.values():
-        assert not hasattr(stand_in, "__dict__")
+@pytest.mark.parametrize(
+    "content", [b"]r\xff\xff\xff\x7f.", b"]p999999999999\n.", b"\x80\x04\x95" + b"\xff" * 7 + b"\0]."]
+)
+def test_large_numbers_that_claim_memory_are_harmless(file, content):
+    assert reading(file, content) == []
+
+
+def test_the_mark_may_be_dropped(file):
+    assert reading(file, b"](N1K\x01a.") == [1]
+    assert reading(file, b"]N0K\x01a.") == [1]
 
 
 def test_a_list_that_is_met_a_billion_times_is_read_once(file):
@@ -319,7 +338,7 @@ def test_a_list_that_is_met_a_billion_times_is_read_once(file):
 
 def test_tensors_are_refused(file):
     torch.save({"weight": torch.zeros(3)}, file)
-    with pytest.raises(UserError, match="it refers to objects outside the pickle, such as torch's tensors"):
+    with pytest.raises(UserError, match=r"it asks for torch\._utils\._rebuild_tensor_v2, .* numpy arrays only"):
         read_plain_pickle(file)
 
 

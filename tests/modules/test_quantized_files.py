@@ -56,7 +56,7 @@ def assert_same(read, written):
         assert torch.equal(read[name], written[name])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.booleans())
 def test_what_was_written_is_read(tmp_path, small_graph, int8_graph, seed, is_int8):
     graph = int8_graph if is_int8 else small_graph

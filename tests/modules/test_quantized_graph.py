@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtune.modules.quantized_graph import Quantization, QuantizedClassifier, QuantizedConvolution, QuantizedGraph
@@ -53,6 +53,7 @@ def test_size_is_kept(changes, keeps):
     assert replace(CONVOLUTION, **changes).keeps_size is keeps
 
 
+@settings(deadline=None)
 @given(st.floats(min_value=0, exclude_min=True, allow_infinity=False), st.integers(-128, 127), st.text())
 def test_json_is_exact(scale, zero_point, name):
     here = Quantization(scale, zero_point)

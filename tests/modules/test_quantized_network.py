@@ -403,6 +403,19 @@ def test_any_bias_is_given_back_with_24_bits_and_room_for_the_sum(small_graph, s
         assert torch.equal(build(small_graph, found)(images), network(images))
 
 
+def test_weights_beyond_int8_are_limited_and_not_wrapped(small_graph, small_tensors):
+    """A training without limits may leave some."""
+    network = build(small_graph, small_tensors)
+    with torch.no_grad():
+        network.first_conv.weight[0, 0] = torch.tensor([[200.0, -200, 127.6], [-128.6, 127.4, 1e6], [-1e6, 0.4, -0.4]])
+        network.first_conv.bias[:2] = torch.tensor([1e12, -1e12])
+    _, found = quantized_tensors(network)
+    expected = [[127, -128, 127], [-128, 127, 127], [-128, 0, 0]]
+    assert found["first_conv.weight"][0, 0].tolist() == expected
+    assert found["first_conv.bias"][0] >= 2**31 - 2**24
+    assert found["first_conv.bias"][1] <= -(2**31 - 2**24)
+
+
 def test_a_classifier_of_other_classes_is_given_back_in_floating_point(small_graph, small_tensors):
     graph = replace(small_graph, class_names=tuple("abcdefghij"))
     network = build(graph, small_tensors, num_classes=7)

@@ -18,7 +18,7 @@ from microtune.modules.training_memory import flash_bytes
 from microtune.modules.user_error import UserError
 from microtune.recipes.networks import describe_network
 
-MOBILENET = describe_network(0.35, (3, 32, 32), 10, False).operations
+MOBILENET = describe_network("none", (3, 32, 32), 10).operations
 RESNET = find_operations(torchvision.models.resnet18(num_classes=10), (3, 32, 32))
 PEAK_MEMORIES = {
     "default": PeakMemory(MOBILENET),

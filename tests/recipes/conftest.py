@@ -261,7 +261,7 @@ def scheme_file(tmp_path_factory) -> Path:
 def small_table(tmp_path_factory) -> Path:
     """Contributions of random gains: of MobileNetV2-0.35's last 18 biases and the expanding convolutions in them."""
     rng = random.Random(0)
-    convolutions = describe_network(0.35, (3, 32, 32), 10, head_convolution=False).operations.convolutions[-18:]
+    convolutions = describe_network("none", (3, 32, 32), 10).operations.convolutions[-18:]
     rows = [Contribution("bias", depth, "", 0.0, rng.gauss(0.01, 0.01), 0.0, 1) for depth in range(1, 19)]
     rows += [
         Contribution("weight", 18, convolution.name, ratio, rng.gauss(0.01, 0.01), 0.0, 1)

@@ -51,7 +51,7 @@ def fewer_budgets():
 @pytest.fixture(scope="module")
 def described():
     """The network of the measurement."""
-    return describe_network(0.35, (1, 32, 32), 10, head_convolution=False)
+    return describe_network("none", (1, 32, 32), 10)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_a_table_that_gains_nothing(measurement, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def photographs():
     """The network of the CIFAR-10 measurement."""
-    return describe_network(0.35, (3, 96, 96), 10, head_convolution=False)
+    return describe_network("none", (3, 96, 96), 10)
 
 
 def test_made_table_is_of_its_network(photographs):

@@ -44,7 +44,7 @@ def test_json_is_one_object_and_nothing_else(command, scheme):
     )
     assert (ended.status, ended.errors) == (0, "")
     methods = json.loads(ended.output)["methods"]
-    assert list(methods) == ["full", "freeze", "mask", "sub_tensor"]
+    assert list(methods) == ["full", "published", "freeze", "mask", "sub_tensor"]
     for row in methods.values():
         assert row.keys() >= {"step_seconds", "autograd_bytes_per_sample", "speedup_over_full"}
         assert row["step_seconds"] > 0
@@ -87,7 +87,7 @@ def test_thirty_times_fewer_saved_bytes_than_full_update(command, scheme_file):
 def test_every_method_trains(method, scheme_file):
     """A step changes the classifier and what the scheme updates, and an early layer only under full update."""
     torch.manual_seed(0)
-    described = benchmark_step.describe_network(0.35, (3, 32, 32), 10, head_convolution=False)
+    described = benchmark_step.describe_network("none", (3, 32, 32), 10)
     scheme = described.load_scheme(scheme_file)
     unfolded = mobilenet_v2(0.35, num_classes=10)
     unfolded(torch.randn(8, 3, 32, 32))  # statistics for its batch norm: without, gradients are near 1e-8

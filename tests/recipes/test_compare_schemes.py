@@ -144,7 +144,7 @@ def values_of(folder):
 
 
 def judge_of(memory="extra", budget_kib=None, mcu=None, resolution=32):
-    described = describe_network(0.35, (3, resolution, resolution), 10, head_convolution=False)
+    described = describe_network("none", (3, resolution, resolution), 10)
     return Judge(described, budget_of(memory, budget_kib, mcu, None, None, None))
 
 

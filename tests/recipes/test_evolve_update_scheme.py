@@ -122,7 +122,7 @@ def small(small_table):
 @pytest.fixture(scope="module")
 def problem(small_table):
     """What ``small`` asks for."""
-    described = describe_network(0.35, (3, 32, 32), 10, head_convolution=False)
+    described = describe_network("none", (3, 32, 32), 10)
     table = ContributionTable.load(small_table)
     return SearchProblem(described.name, PeakMemory(described.operations), table, SMALL_BUDGET, "extra")
 
@@ -136,7 +136,7 @@ def contract(request, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("contract") / "out"
     found = call(*CONTRACT, *BUDGETS[request.param], "--out_dir", out_dir, with_picture=True)
     found.memory = request.param
-    found.described = describe_network(0.35, (3, 128, 128), 10, head_convolution=False)
+    found.described = describe_network("none", (3, 128, 128), 10)
     return found
 
 
@@ -411,7 +411,7 @@ def test_search_by_accuracy_trains_every_scheme_once_within_the_budget(judged):
     schemes = [scheme for one in judged.trials for scheme in one.schemes]
     assert len(schemes) == judged.report["evaluations"] == 40
     assert len({(s["bias_depth"], tuple(sorted(s["weights"].items()))) for s in schemes}) == 40
-    described = describe_network(0.35, (1, 32, 32), 10, head_convolution=False)
+    described = describe_network("none", (1, 32, 32), 10)
     assert all(memory_bytes("extra", described, UpdateScheme.from_dict(s)) <= SMALL_BUDGET for s in schemes)
     assert {one.seeds for one in judged.trials} == {(0, 1)}
     best = max(made_up_accuracy(scheme, 100) for scheme in schemes)
@@ -644,7 +644,7 @@ def rows_of(all_mcus):
 
 
 def test_all_mcus_have_a_scheme_within_their_budget(all_mcus):
-    described = describe_network(0.35, (3, 96, 96), 10, head_convolution=False)
+    described = describe_network("none", (3, 96, 96), 10)
     peak_memory, rows = PeakMemory(described.operations), rows_of(all_mcus)
     assert set(rows) == set(MICROCONTROLLERS)
     fitting = {name for name in rows if peak_memory.floor_bytes <= MICROCONTROLLERS[name].budget_bytes}
@@ -672,7 +672,7 @@ def test_mcus_that_are_too_small_are_told_the_resolution_that_would_do(all_mcus)
     for row in rows:
         (resolution,) = map(int, re.findall(r"--resolution (\d+)$", row["too_small"]))
         for pixels, fits in ((resolution, True), (resolution + 16, False)):
-            operations = describe_network(0.35, (3, pixels, pixels), 10, head_convolution=False).operations
+            operations = describe_network("none", (3, pixels, pixels), 10).operations
             assert (PeakMemory(operations).floor_bytes <= row["budget_bytes"]) == fits
 
 
@@ -846,7 +846,7 @@ def test_budget_that_no_scheme_can_meet(memory, refuse, small, tmp_path):
     error = refuse("--memory", memory, "--budget_kib", 0.01)
     assert re.match(rf"budget_bytes is 10 of {memory} memory, but the smallest scheme, the classifier only, ", error)
     smallest = int(re.search(r"needs [\d.]+ KiB: give at least (\d+) bytes\n$", error)[1])
-    described = describe_network(0.35, (3, 32, 32), 10, head_convolution=False)
+    described = describe_network("none", (3, 32, 32), 10)
     classifier_only = UpdateScheme(described.name, 0)
     assert smallest == math.ceil(memory_bytes(memory, described, classifier_only))
     found = call(*small, "--memory", memory, "--budget_kib", smallest / 1024, "--out_dir", tmp_path / "smallest")

@@ -56,7 +56,7 @@ def operations():
 
 @pytest.fixture(scope="module")
 def described():
-    return quickstart.describe_network(0.35, (1, 32, 32), 5, head_convolution=False)
+    return quickstart.describe_network("none", (1, 32, 32), 5)
 
 
 def test_report(run):
@@ -121,7 +121,7 @@ def test_evolved_scheme_is_the_best_by_the_saved_table(run, described):
 
 @pytest.mark.parametrize("head_convolution", [False, True])
 def test_evolution_keeps_to_what_gains(head_convolution, capsys):
-    described = quickstart.describe_network(0.35, (1, 32, 32), 5, head_convolution)
+    described = quickstart.describe_network("none", (1, 32, 32), 5, head_convolution=head_convolution)
     scheme = quickstart.evolve_scheme(described, TABLE, microcontroller("stm32f411"))
     assert (scheme.bias_depth, scheme.weights) == (48, {"features.7.conv.0.0": 1.0})
     assert scheme.provenance["command"].endswith(" --head_convolution true") is head_convolution

@@ -85,7 +85,7 @@ def test_network_without_data(width_px, shape):
 
 @pytest.fixture(scope="module")
 def problem(small_table):
-    described = describe_network(0.35, (3, 32, 32), 10, head_convolution=False)
+    described = describe_network("none", (3, 32, 32), 10)
     table = ContributionTable.load(small_table)
     return SearchProblem(described.name, PeakMemory(described.operations), table, 30 * 1024, "extra")
 
