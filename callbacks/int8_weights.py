@@ -8,7 +8,9 @@ from microtune.callbacks.sparse_update import find_network
 from microtune.modules.quantized_update import (
     QuantizedParameter,
     WeightStorage,
+    int8_convolutions,
     keep_in_range,
+    make_whole,
     quantized_parameters,
     round_in_place,
 )
@@ -28,7 +30,7 @@ class Int8Weights(Callback):
         network: Path of the network inside the LightningModule; ``""`` is the LightningModule itself.
 
     Raises:
-        UserError: ``storage`` has no such value, or a checkpoint was made with the other.
+        UserError: ``storage`` has no such value, a checkpoint was made with the other, or there are no int8 layers.
 
     Example::
 
@@ -50,8 +52,14 @@ class Int8Weights(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds what is trained, and follows every step of the optimizers."""
-        self.parameters = quantized_parameters(find_network(pl_module, self.network))
-        keep_in_range(self.parameters)  # not rounded at random, which a run that is resumed would do once more
+        network = find_network(pl_module, self.network)
+        if next(int8_convolutions(network), None) is None:
+            raise UserError("there are no int8 weights: the network has no int8 convolution; leave Int8Weights out")
+        self.parameters = quantized_parameters(network)
+        # not at random, which a run that is resumed would do once more
+        if self.storage == "in_place":
+            make_whole(network)
+        keep_in_range(self.parameters)
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(lambda *_: self.after_step())
 

@@ -33,8 +33,8 @@ class QuantizationAwareScaling(Callback):
     as they are: with v for the sum in floating point, the sum here is v / s. There is nothing to tune, and the learning
     rate is that of a network in floating point. The sub-tensors of ``SparseUpdate`` have the scales of their outputs.
 
-    Weights of output channels whose scale is near zero (below a hundredth of the layer's median) are left as they are:
-    what they are worth is nothing beside the others, while their step would be ten thousand times as long. They are
+    Weights of output channels whose scale is near zero (below a hundredth of the layer's median) get no gradient: what
+    they are worth is nothing beside the others, while their step would be a hundred times as long and more. They are
     counted and logged. Biases of these channels are trained.
 
     Args:
@@ -75,8 +75,7 @@ class QuantizationAwareScaling(Callback):
         if next(int8_convolutions(network), None) is None:
             raise UserError("quantization-aware scaling is for int8 networks, and this one has no int8 convolution")
         self.parameters = quantized_parameters(network)
-        counts = {one.layer: int(one.near_zero.sum()) for one in self.parameters if one.near_zero is not None}
-        self.near_zero = {layer: count for layer, count in counts.items() if count}
+        self.near_zero = {one.layer: one.near_zero_channels for one in self.parameters if one.near_zero_channels}
         rank_zero_info(f"quantization-aware scaling of {len(self.parameters)} parameters{self._left_alone()}")
 
     def _left_alone(self) -> str:

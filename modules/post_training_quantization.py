@@ -1,8 +1,8 @@
 """Post-training quantization: a trained, folded MobileNetV2 becomes an int8 network, by what it holds on samples.
 
 Per-channel symmetric weights, per-tensor affine activations (Nagel et al. 2021, "A White Paper on Neural Network
-Quantization", sections 2 and 3). PyTorch's own observers are not used: ``torch.ao.quantization`` is deprecated and about
-to go (pytorch/ao issue 2259), and its ``HistogramObserver`` does not know that 0 must be an integer.
+Quantization", sections 2 and 3). PyTorch's own observers are not used: ``torch.ao.quantization`` is deprecated and is
+to be removed (pytorch/ao issue 2259), and its ``HistogramObserver`` does not know that 0 must be an integer.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import MobileNetV2
 
 from microtune.modules.batch_norm_folding import find_batch_norm
-from microtune.modules.mobilenet_v2 import KerasPadding, NORMALIZATION
+from microtune.modules.mobilenet_v2 import KerasPadding
 from microtune.modules.operations import evaluation_mode
 from microtune.modules.quantized_graph import (
     INT8_MAX,
@@ -73,12 +73,14 @@ class Calibration:
     Args:
         histograms: By the layer of the int8 network that writes them; ``"input"`` is the samples' own, and
             ``"blocks.3.addition"`` that of a sum.
+        means: Of every channel of the same tensors.
         sizes: Height and width of what each convolution reads, before its padding.
         input_shape: Channels, height and width of a sample.
         samples: How many there were.
     """
 
     histograms: dict[str, Histogram]
+    means: dict[str, Tensor]
     sizes: dict[str, tuple[int, int]]
     input_shape: tuple[int, int, int]
     samples: int
@@ -113,10 +115,9 @@ def calibrate(network: nn.Module, samples: Iterable[Tensor]) -> Calibration:
             hook.remove()
     if not observed.samples:
         raise UserError("there are no samples to calibrate on: give a few hundred")
-    histograms = {
-        name: Histogram(*limits, observed.counts[name].numpy()) for name, limits in observed.ranges.items()
-    }
-    return Calibration(histograms, observed.sizes, observed.input_shape, observed.samples)
+    histograms = {name: Histogram(*limits, observed.counts[name].numpy()) for name, limits in observed.ranges.items()}
+    means = {name: total / observed.samples for name, total in observed.sums_of_means.items()}
+    return Calibration(histograms, means, observed.sizes, observed.input_shape, observed.samples)
 
 
 def _check_network(network: nn.Module) -> None:
@@ -134,6 +135,7 @@ class _Observed:
         self.ranges_are_known = False
         self.ranges: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
         self.counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(BINS, dtype=torch.float64))
+        self.sums_of_means: dict[str, Tensor] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
         self.input_shape: tuple[int, int, int] = (0, 0, 0)
         self.samples = 0
@@ -155,47 +157,53 @@ class _Observed:
         self.ranges[name] = (min(low, self.ranges[name][0]), max(high, self.ranges[name][1]))
 
     def _count(self, name: str, values: Tensor) -> None:
+        means = values.flatten(2).mean(2) if values.dim() == 4 else values
+        self.sums_of_means[name] = self.sums_of_means.get(name, 0) + means.double().sum(0).cpu()
         low, high = self.ranges[name]
         if low == high:
             return
-        self.counts[name] += torch.histc(values, BINS, low, high)
+        self.counts[name] += torch.histc(values, BINS, low, high).cpu()
         if low == 0:  # behind a ReLU half of the values are 0, which has no error in any range
-            self.counts[name][0] -= torch.count_nonzero(values == 0)
+            self.counts[name][0] -= (values == 0).sum().cpu()
 
 
 class _Part(NamedTuple):
-    """A convolution of a folded MobileNetV2.
+    """A convolution or the classifier of a folded MobileNetV2.
 
     Args:
         name: Of the layer in the int8 network.
+        reads: Name of the tensor that it reads, as ``Calibration`` has it.
         module: What writes the layer's output, its activation included.
-        convolution: In the module, or the module itself.
-        is_rectified: Whether a ReLU6 follows.
+        layer: In the module, or the module itself.
     """
 
     name: str
+    reads: str
     module: nn.Module
-    convolution: nn.Conv2d
-    is_rectified: bool
+    layer: nn.Conv2d | nn.Linear
 
 
 def _parts(network: MobileNetV2) -> Iterator[_Part]:
-    """The convolutions in forward order."""
-    yield _part("first_conv", network.features[0])
+    """The convolutions in forward order, and the classifier."""
+    reads = "first_conv"
+    yield _part(reads, "input", network.features[0])
     for index, block in enumerate(_blocks(network)):
         modules = [module for module in block.conv if isinstance(module, nn.Sequential | nn.Conv2d)]
-        names = ("pointwise1", "depthwise", "pointwise2")[-len(modules) :]
-        for name, module in zip(names, modules, strict=True):
-            yield _part(f"blocks.{index}.{name}", module)
+        for kind, module in zip(("pointwise1", "depthwise", "pointwise2")[-len(modules) :], modules, strict=True):
+            name = f"blocks.{index}.{kind}"
+            yield _part(name, reads, module)
+            reads = name
+        if block.use_res_connect:
+            reads = f"blocks.{index}.addition"
     if isinstance(network.features[-1], nn.Sequential):
-        yield _part("feature_mix", network.features[-1])
+        yield _part("feature_mix", reads, network.features[-1])
+        reads = "feature_mix"
+    yield _part("classifier", reads, network.classifier)
 
 
-def _part(name: str, module: nn.Module) -> _Part:
-    if isinstance(module, nn.Conv2d):
-        return _Part(name, module, module, is_rectified=False)
-    convolution = next(child for child in module if isinstance(child, nn.Conv2d))
-    return _Part(name, module, convolution, is_rectified=True)
+def _part(name: str, reads: str, module: nn.Module) -> _Part:
+    children = [module] if isinstance(module, nn.Conv2d) else module
+    return _Part(name, reads, module, next(child for child in children if isinstance(child, nn.Conv2d | nn.Linear)))
 
 
 def _blocks(network: MobileNetV2) -> list[nn.Module]:
@@ -209,7 +217,6 @@ def _written(network: MobileNetV2) -> Iterator[tuple[str, nn.Module]]:
     for index, block in enumerate(_blocks(network)):
         if block.use_res_connect:
             yield f"blocks.{index}.addition", block
-    yield "classifier", network.classifier
 
 
 def quantization_of_range(low: float, high: float) -> Quantization:
@@ -322,20 +329,21 @@ def quantize_after_training(
     written = {layer: estimated_quantization(one, estimator) for layer, one in calibration.histograms.items()}
     written["classifier"] = estimated_quantization(calibration.histograms["classifier"], "min_max")
     written["input"], normalization, shift = _input_of_pixels(written["input"], normalization, calibration)
-    graph = _graph(network, calibration, written, classifier_is_trained)
     graph = replace(
-        graph, name=name, normalization=normalization, class_names=None if class_names is None else tuple(class_names)
+        _graph(network, calibration, written, classifier_is_trained),
+        name=name,
+        normalization=normalization,
+        class_names=None if class_names is None else tuple(class_names),
     )
+    *convolutions, classifier = _parts(network)
     tensors: dict[str, Tensor] = {}
-    for part, (_, layer) in zip(_parts(network), graph.convolutions(), strict=True):
-        weight, bias = (values.detach().double().cpu() for values in (part.convolution.weight, part.convolution.bias))
-        if part.name == "first_conv":
-            bias = bias + shift * weight.sum((1, 2, 3))
-        tensors |= _integers(part.name, weight, bias, layer.input)
-    weight, bias = (values.detach().cpu() for values in (network.classifier[-1].weight, network.classifier[-1].bias))
+    for part in (*convolutions, classifier) if classifier_is_trained else convolutions:
+        offset = shift if part.reads == "input" else 0.0
+        tensors |= _integers(part, written[part.reads], calibration.means[part.reads], offset)
     if not classifier_is_trained:
-        return graph, tensors | {"classifier.weight": weight.clone(), "classifier.bias": bias.clone()}
-    return graph, tensors | _integers("classifier", weight.double(), bias.double(), graph.classifier.input)
+        fresh = classifier.layer.named_parameters()
+        tensors |= {f"classifier.{one}": values.detach().cpu().clone() for one, values in fresh}
+    return graph, tensors
 
 
 def _input_of_pixels(
@@ -354,17 +362,31 @@ def _input_of_pixels(
     return quantization_of_range(black, white), (means, stds), 0.0
 
 
+def renormalized(samples: Tensor, given: Normalization, wanted: Normalization) -> Tensor:
+    """Samples of one normalization as another has them.
+
+    Args:
+        samples: Of shape (N, channels, height, width).
+        given: Mean and standard deviation of pixels from 0 to 1, one each or one per channel.
+        wanted: Likewise.
+
+    Example::
+
+        renormalized(images, ((0.5,), (0.5,)), graph.normalization)
+    """
+    means, stds = (torch.tensor(values, device=samples.device).view(1, -1, 1, 1) for values in given)
+    wanted_means, wanted_stds = (torch.tensor(values, device=samples.device).view(1, -1, 1, 1) for values in wanted)
+    return samples * (stds / wanted_stds) + (means - wanted_means) / wanted_stds
+
+
 def _graph(
     network: MobileNetV2, calibration: Calibration, written: dict[str, Quantization], classifier_is_trained: bool
 ) -> QuantizedGraph:
-    layers: dict[str, QuantizedConvolution] = {}
-    read = written["input"]
-    blocks = _blocks(network)
-    for part in _parts(network):
-        layers[part.name] = _description(part, calibration.sizes[part.name], read, written[part.name])
-        block, _, kind = part.name.rpartition(".")
-        read = written.get(f"{block}.addition", written[part.name]) if kind == "pointwise2" else written[part.name]
-    linear = network.classifier[-1]
+    *convolutions, classifier = _parts(network)
+    layers = {
+        part.name: _description(part, calibration.sizes[part.name], written[part.reads], written[part.name])
+        for part in convolutions
+    }
     return QuantizedGraph(
         name="",
         input_shape=calibration.input_shape,
@@ -378,47 +400,64 @@ def _graph(
                 pointwise2=layers[f"blocks.{index}.pointwise2"],
                 addition=written.get(f"blocks.{index}.addition"),
             )
-            for index in range(len(blocks))
+            for index in range(len(_blocks(network)))
         ),
         feature_mix=layers.get("feature_mix"),
         classifier=QuantizedClassifier(
-            features=linear.in_features,
-            classes=linear.out_features,
-            input=read,
+            features=classifier.layer.in_features,
+            classes=classifier.layer.out_features,
+            input=written[classifier.reads],
             output=written["classifier"] if classifier_is_trained else None,
         ),
     )
 
 
-def _description(
-    part: _Part, size: tuple[int, int], read: Quantization, written: Quantization
-) -> QuantizedConvolution:
-    convolution, (height, width) = part.convolution, size
-    is_padded_as_keras = part.is_rectified and isinstance(part.module[0], KerasPadding)
+def _description(part: _Part, size: tuple[int, int], read: Quantization, written: Quantization) -> QuantizedConvolution:
+    convolution, (height, width) = part.layer, size
+    is_padded_as_keras = isinstance(part.module, nn.Sequential) and isinstance(part.module[0], KerasPadding)
     vertical, horizontal = convolution.padding
     return QuantizedConvolution(
         in_channels=convolution.in_channels,
         out_channels=convolution.out_channels,
         kernel_size=convolution.kernel_size,
         stride=convolution.stride,
-        padding=(width % 2, 1, height % 2, 1)
-        if is_padded_as_keras
-        else (horizontal, horizontal, vertical, vertical),
+        padding=(width % 2, 1, height % 2, 1) if is_padded_as_keras else (horizontal, horizontal, vertical, vertical),
         groups=convolution.groups,
         input=read,
         output=written,
     )
 
 
-def _integers(name: str, weight: Tensor, bias: Tensor, read: Quantization) -> dict[str, Tensor]:
-    """The int8 weight, its scales and the 32-bit bias of a layer, from float64."""
+def _integers(part: _Part, read: Quantization, means: Tensor, offset: float) -> dict[str, Tensor]:
+    """The int8 weight, its scales and the 32-bit bias of a layer.
+
+    Rounding the weight moves the mean of an output by the weight's error times the mean of the input, which the bias
+    takes back (bias correction, Nagel et al. 2019, "Data-Free Quantization", section 4.2; the means are measured).
+
+    Args:
+        part: The layer.
+        read: Of what it reads.
+        means: Of the channels that it reads.
+        offset: What these are larger by than what the int8 layer reads.
+    """
+    weight, bias = part.layer.weight.detach().double().cpu(), part.layer.bias.detach().double().cpu()
     scales = weight_scales(weight)
     of_weight = scales.double().view(-1, *[1] * (weight.dim() - 1))
+    integers = (weight / of_weight).round()
+    bias = bias + _mean_sums(weight, means) - _mean_sums(integers * of_weight, means - offset)
+    bias_integers = (bias / (scales.double() * read.scale)).round().clamp(-BIAS_LIMIT, BIAS_LIMIT)
     return {
-        f"{name}.weight": (weight / of_weight).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8),
-        f"{name}.bias": (bias / (scales.double() * read.scale)).round().clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32),
-        f"{name}.weight_scales": scales,
+        f"{part.name}.weight": integers.to(torch.int8),
+        f"{part.name}.bias": bias_integers.to(torch.int32),
+        f"{part.name}.weight_scales": scales,
     }
+
+
+def _mean_sums(weight: Tensor, means: Tensor) -> Tensor:
+    """The mean of every output without its bias, of shape (out,), where nothing is padded."""
+    of_channels = weight.flatten(2).sum(2) if weight.dim() == 4 else weight
+    groups = len(means) // of_channels.shape[1]
+    return (of_channels.unflatten(0, (groups, -1)) @ means.view(groups, -1, 1)).flatten()
 
 
 def weight_scales(weight: Tensor) -> Tensor:

@@ -66,10 +66,14 @@ class SubTensorConv2d(nn.Module):
         self.bias = convolution.bias
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
+        # the scales of an int8 convolution, to be saved and moved like any
+        for name, buffer in convolution.named_buffers():
+            self.register_buffer(name, buffer, persistent=name not in convolution._non_persistent_buffers_set)
         self.weight_slice: nn.Parameter | None = None
         self.set_channels(channels or [])
         self.register_state_dict_post_hook(_drop_slice)
         self.register_load_state_dict_pre_hook(_take_slice)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def set_channels(self, channels: list[int]) -> None:
         """Takes other channels to be trained, with the weights they have now; the parameter is a new one."""
@@ -88,7 +92,10 @@ class SubTensorConv2d(nn.Module):
         """Moves the indexes too where the layer moves to another device."""
         for name in ("channel_index", "group_index", "index_in_group"):
             setattr(self, name, function(getattr(self, name)))
-        return super()._apply(function, recurse)
+        super()._apply(function, recurse)
+        for name, buffer in self.named_buffers():
+            setattr(self.convolution[0], name, buffer)
+        return self
 
     def _read_slice(self, weight: Tensor) -> Tensor:
         return by_input_channel(weight.detach(), self.groups)[self.group_index, self.index_in_group]
@@ -135,6 +142,11 @@ class SubTensorConv2d(nn.Module):
 def _drop_slice(layer: SubTensorConv2d, state: dict[str, Tensor], prefix: str, _) -> None:
     layer.write_slice()
     state.pop(prefix + "weight_slice", None)
+
+
+def _after_loading(layer: SubTensorConv2d, _) -> None:
+    if isinstance(layer.convolution[0], QuantizedConv2d):
+        layer.convolution[0].weights_changed()
 
 
 def _take_slice(layer: SubTensorConv2d, state: dict[str, Tensor], prefix: str, *_) -> None:

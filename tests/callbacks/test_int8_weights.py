@@ -216,7 +216,7 @@ def test_in_place_steps_below_a_half_are_not_lost(new_module):
 @pytest.mark.parametrize("method", METHODS)
 def test_in_place_integers_are_rounded_in_forward_order_as_documented(new_module, method):
     """A device draws in this order too, and has the same integers after the same step."""
-    whole = {name: 1.0 for name in SCHEME.weights} if method == "mask" else SCHEME.weights
+    whole = dict.fromkeys(SCHEME.weights, 1.0) if method == "mask" else SCHEME.weights
     scheme = UpdateScheme("small-int8", 5, whole)
     latent, in_place = new_module(), new_module()
     sparse = SparseUpdate(scheme, method=method)
@@ -331,7 +331,7 @@ def test_resuming_with_the_other_storage_is_refused(tmp_path, new_module, storag
 
 
 def test_an_unknown_storage_is_refused():
-    with pytest.raises(UserError, match="^storage is 'inplace': give one of latent, in_place$"):
+    with pytest.raises(UserError, match=r"^storage is 'inplace': give one of latent, in_place$"):
         Int8Weights("inplace")
 
 
