@@ -37,7 +37,7 @@ class Int8Weights(Callback):
         trainer = Trainer(callbacks=[SparseUpdate("scheme.json"), QuantizationAwareScaling(), Int8Weights("in_place")])
     """
 
-    def __init__(self, storage: WeightStorage = "latent", seed: int = 0, network: str = "net"):
+    def __init__(self, storage: WeightStorage = "in_place", seed: int = 0, network: str = "net"):
         if storage not in get_args(WeightStorage):
             raise UserError(f"storage is {storage!r}: give one of {', '.join(get_args(WeightStorage))}")
         self.storage = storage

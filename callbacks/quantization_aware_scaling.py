@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from microtune.callbacks.int8_weights import Int8Weights
 from microtune.callbacks.sparse_update import find_network
 from microtune.modules.quantized_update import (
     QuantizedParameter,
@@ -44,8 +45,9 @@ class QuantizationAwareScaling(Callback):
         near_zero: Number of such channels of each layer whose weight is trained, from the start of ``fit``.
 
     Raises:
-        UserError: The optimizer is not SGD: those that divide by the gradient's own size have no use for scaled ones.
-            Or the network has no int8 layers.
+        UserError: The optimizer is not SGD: those that divide by the gradient's own size step as far in integers as in
+            real numbers, which no scaling of gradients mends. Gradients are clipped, which would measure them in
+            integers. Or the network has no int8 layers.
 
     Example::
 
@@ -71,6 +73,13 @@ class QuantizationAwareScaling(Callback):
                     f"quantization-aware scaling is for SGD, and the optimizer is {type(optimizer).__name__}: "
                     "use SGD, or leave the callback out"
                 )
+        if trainer.gradient_clip_val:
+            raise UserError(
+                f"gradients are clipped at {trainer.gradient_clip_val}, but quantization-aware scaling makes them such "
+                "as suit integers, and their size says nothing: leave clipping out"
+            )
+        if not any(isinstance(callback, Int8Weights) for callback in trainer.callbacks):
+            log.warning("without the callback Int8Weights weights leave the range of int8: add it")
         network = find_network(pl_module, self.network)
         if next(int8_convolutions(network), None) is None:
             raise UserError("quantization-aware scaling is for int8 networks, and this one has no int8 convolution")
@@ -82,11 +91,11 @@ class QuantizationAwareScaling(Callback):
         if not self.near_zero:
             return ""
         layers = ", ".join(f"{count} of {name}" for name, count in self.near_zero.items())
-        return f"; the weights of {sum(self.near_zero.values())} channels with scales near zero stay: {layers}"
+        return f"; the weights of {sum(self.near_zero.values())} channels with scales near zero get none: {layers}"
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Scales the gradients, before they are clipped."""
+        """Scales the gradients."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         scale_gradients([one for one in self.parameters if id(one.parameter) in held])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from microtune.modules.channel_choice import ChannelChoice, choose_channels
 from microtune.modules.operations import NetworkOperations, find_operations
+from microtune.modules.quantized_network import QuantizedNetwork
 from microtune.modules.scheme_application import AppliedScheme, Method, refuse_batch_norm
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
@@ -35,8 +36,8 @@ class SparseUpdate(Callback):
             largest first, or at random.
         seed: Of the random choice.
         input_shape: Channels, height and width of a sample, to run the network once; by default those of the
-            LightningModule's ``example_input_array`` if that is images, else the first convolution's channels
-            at 224 x 224.
+            LightningModule's ``example_input_array`` if that is images, else that of an int8 network's graph, or the
+            first convolution's channels at 224 x 224.
 
     Raises:
         UserError: An argument has no such value; the network has batch norm, is built in ``configure_model``, or does
@@ -178,6 +179,8 @@ def _input_shape(pl_module: LightningModule, network: nn.Module) -> tuple[int, i
     # the LightningModule's input may be something else than the network's, such as a waveform
     if isinstance(example, Tensor) and example.ndim == 4:
         return tuple(example.shape[1:])
+    if isinstance(network, QuantizedNetwork):
+        return network.graph.input_shape
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise UserError("the network has no nn.Conv2d: an update scheme is about convolutions")

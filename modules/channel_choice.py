@@ -17,7 +17,8 @@ def channels_by_weight_norm(weight: Tensor, groups: int, count: int) -> list[int
     """The ``count`` input channels with the largest L2 norm of their weights (Lin et al. 2022, section 2.2), sorted.
 
     Args:
-        weight: Of a convolution, of shape (out, in / groups, kernel height, kernel width).
+        weight: Of a convolution, of shape (out, in / groups, kernel height, kernel width). Of an int8 one these are
+            integers, without their scales, as in the paper's code.
         groups: Of the convolution.
         count: How many; of equal norms the first win.
     """

@@ -117,7 +117,8 @@ class Classifier(LightningModule):
         samples, labels = batch
         logits = self(samples)
         self.log(f"{split}/loss", nn.functional.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
-        # int8 logits are often equal: then the best is the first of the best five, as in the usual evaluation code
+        # int8 logits are often equal, and of equal ones the first of topk(5) counts, as in the usual evaluation code;
+        # argmax takes the lowest class, which on 1,000 images makes a difference of 0.9 points
         best = logits.topk(min(5, logits.shape[1])).indices[:, 0]
         for name, metric in self.metrics.items():
             if name.startswith(split):

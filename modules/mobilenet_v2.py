@@ -257,6 +257,10 @@ def _hyperparameters(checkpoint: str | Path) -> dict[str, Any]:
 
 def _described_network(checkpoint: str | Path) -> dict[str, Any]:
     network = _hyperparameters(checkpoint).get("network")
+    if isinstance(network, dict) and "graph" in network:
+        raise UserError(
+            f"checkpoint {checkpoint} is of an int8 network: give the network.safetensors beside it as --network"
+        )
     return network if isinstance(network, dict) else {}
 
 

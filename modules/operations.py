@@ -296,7 +296,10 @@ def find_operations(network: nn.Module, input_shape: tuple[int, int, int]) -> Ne
         for hook in hooks:
             hook.remove()
     if not recorder.linears:
-        raise UserError("the network has no nn.Linear: its last one is the classifier, which is always updated")
+        raise UserError(
+            "the network has no nn.Linear: its last one is the classifier, which is always updated; build an int8 "
+            "network with num_classes to have one"
+        )
     return NetworkOperations(
         tuple(recorder.convolutions), tuple(recorder.operations), tuple(recorder.tensors), *recorder.linears[-1]
     )

@@ -40,7 +40,7 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 BINS = 2048
 STEPS = INT8_MAX - INT8_MIN
 # of the whole range, what its ends are tried at, widest first
-PARTS = np.linspace(1, 0.01, 100)
+PARTS = tuple(percent / 100 for percent in range(100, 0, -1))
 
 # pixels less 128 are a device's integers; with a mean of 0.5 every integer would lie halfway between two
 PIXELS = Quantization(scale=1 / 127.5, zero_point=0)
@@ -262,29 +262,33 @@ def estimated_quantization(histogram: Histogram, estimator: RangeEstimator) -> Q
     if estimator == "min_max" or not histogram.counts.any():
         return quantization_of_range(low, high)
 
-    def error(limits: tuple[float, float]) -> float:
-        return mean_squared_error(histogram, quantization_of_range(*limits))
-
     before = None
     while before != (low, high):
         before = (low, high)
-        low, high = min([before, *((low, histogram.high * part) for part in PARTS)], key=error)
-        low, high = min([(low, high), *((histogram.low * part, high) for part in PARTS)], key=error)
+        low, high = _best(histogram, [before, *((low, histogram.high * part) for part in PARTS)])
+        low, high = _best(histogram, [(low, high), *((histogram.low * part, high) for part in PARTS)])
     return quantization_of_range(low, high)
 
 
-def mean_squared_error(histogram: Histogram, quantization: Quantization) -> float:
-    """What quantizing costs on average of the values that are not 0, which are taken to lie in the middle of their bin.
+def _best(histogram: Histogram, ranges: list[tuple[float, float]]) -> tuple[float, float]:
+    errors = mean_squared_errors(histogram, [quantization_of_range(*limits) for limits in ranges])
+    return ranges[int(errors.argmin())]  # the first of the best
+
+
+def mean_squared_errors(histogram: Histogram, quantizations: Sequence[Quantization]) -> NDArray[np.float64]:
+    """What each of several quantizations costs on average of the values but 0, taken to lie in the middle of their bin.
 
     Example::
 
-        mean_squared_error(histogram, quantization_of_range(histogram.low, histogram.high))
+        mean_squared_errors(histogram, [Quantization(0.02, -128), Quantization(0.03, -128)])  # shape (2,)
     """
     edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
     middles = (edges[:-1] + edges[1:]) / 2
-    integers = np.rint(middles / quantization.scale) + quantization.zero_point
-    values = (integers.clip(INT8_MIN, INT8_MAX) - quantization.zero_point) * quantization.scale
-    return float(np.average((values - middles) ** 2, weights=histogram.counts))
+    scales = np.array([[one.scale] for one in quantizations])
+    zero_points = np.array([[one.zero_point] for one in quantizations])
+    integers = np.rint(middles / scales).clip(INT8_MIN - zero_points, INT8_MAX - zero_points)
+    # summed row by row: in a product of matrices the last digits depend on the place, and the search might not end
+    return ((integers * scales - middles) ** 2 * histogram.counts).sum(1) / histogram.counts.sum()
 
 
 def quantize_after_training(
@@ -440,7 +444,8 @@ def _integers(part: _Part, read: Quantization, means: Tensor, offset: float) -> 
         means: Of the channels that it reads.
         offset: What these are larger by than what the int8 layer reads.
     """
-    weight, bias = part.layer.weight.detach().double().cpu(), part.layer.bias.detach().double().cpu()
+    # contiguous, whatever the network's memory format: so they are written to a file
+    weight, bias = (values.detach().double().cpu().contiguous() for values in (part.layer.weight, part.layer.bias))
     scales = weight_scales(weight)
     of_weight = scales.double().view(-1, *[1] * (weight.dim() - 1))
     integers = (weight / of_weight).round()

@@ -5,6 +5,8 @@ from -128 - z to 127 - z, and padding with zeros is right. Whole numbers below 2
 their sums, in any order.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,8 +19,7 @@ from microtune.modules.quantized_graph import (
     QuantizedConvolution,
 )
 
-# sums of products are exact in float32 below 2^24; a fifth is left for what training adds to the weights
-EXACT_SUM = 0.8 * 2**24
+EXACT = 2**24  # whole numbers up to here are exact in float32
 # of a bias: a sum of products more or less does not leave 32 bits, and the number itself is exact in float32
 BIAS_LIMIT = 2**31 - 2**24
 
@@ -46,7 +47,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     Attributes:
         weight: Whole numbers from -128 to 127, or what training makes of them before they are rounded.
-        bias: Whole numbers of 32 bits, exact in float32, likewise.
+        bias: Whole numbers of 32 bits, likewise; of one beyond 2^24 float32 holds the first 24 bits.
         weight_scales: Of the output channels.
 
     Example::
@@ -69,20 +70,18 @@ class QuantizedConv2d(nn.Conv2d):
         self.description = description
         self.outer_padding = None if is_symmetric else description.padding
         self.low, self.high = integer_range(description.output)
-        self.accumulates_in = torch.float32
+        largest_input = max(abs(value) for value in integer_range(description.input))
+        largest_sum = math.prod(description.weight_shape[1:]) * -INT8_MIN * largest_input
+        self.accumulates_in = torch.float32 if largest_sum <= EXACT else torch.float64
         self.register_buffer("weight_scales", torch.ones(description.out_channels))
         self.register_buffer("effective_scale", torch.ones(1, description.out_channels, 1, 1), persistent=False)
-        self.register_load_state_dict_post_hook(lambda layer, _: layer.weights_changed())
-        self.weights_changed()
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @torch.no_grad()
-    def weights_changed(self) -> None:
-        """Takes note of other weights or weight scales than before."""
+    def scales_changed(self) -> None:
+        """Takes note of other weight scales than before."""
         ratio = self.description.input.scale / self.description.output.scale
         self.effective_scale.copy_((self.weight_scales.double() * ratio).view(1, -1, 1, 1))
-        largest_input = max(abs(value) for value in integer_range(self.description.input))
-        largest_sum = float(self.weight.abs().sum((1, 2, 3)).max()) * largest_input
-        self.accumulates_in = torch.float32 if largest_sum < EXACT_SUM else torch.float64
 
     def padded(self, x: Tensor) -> Tensor:
         """The input with what of its padding ``nn.Conv2d`` cannot do: more behind than before."""
@@ -96,12 +95,12 @@ class QuantizedConv2d(nn.Conv2d):
             weight: Whole numbers.
             bias: Whole numbers.
         """
+        return self._sums(x, weight).add_(bias.view(1, -1, 1, 1)).to(torch.float32).mul_(self.effective_scale).round_()
+
+    def _sums(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The sums of products, exact; a device adds its bias and converts the 32-bit integer to float."""
         dtype = self.accumulates_in
-        sums = F.conv2d(
-            self.padded(x).to(dtype), weight.to(dtype), None, self.stride, self.padding, self.dilation, self.groups
-        ).add_(bias.view(1, -1, 1, 1))
-        # a device converts its 32-bit integer to float, which rounds like this
-        return sums.to(torch.float32).mul_(self.effective_scale).round_()
+        return self._conv_forward(self.padded(x).to(dtype), weight.to(dtype), None)
 
     def saturated(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The output, without gradients, of a weight and a bias that training may have made no whole numbers."""
@@ -129,9 +128,13 @@ class QuantizedConv2d(nn.Conv2d):
             return self.saturated(x, self.weight, self.bias)
         # what autograd makes of it: every gradient, and floats kept for it. Sparse updates use SubTensorConv2d
         weight, bias = straight_through_round(self.weight), straight_through_round(self.bias)
-        sums = self._conv_forward(self.padded(x), weight, None)
-        outputs = straight_through_round((sums + bias.view(1, -1, 1, 1)) * self.effective_scale)
+        sums = (self._sums(x, weight) + bias.view(1, -1, 1, 1)).to(torch.float32)
+        outputs = straight_through_round(sums * self.effective_scale)
         return _Saturation.apply(outputs, self.low, self.high)
+
+
+def _after_loading(layer: QuantizedConv2d, _) -> None:
+    layer.scales_changed()
 
 
 class QuantizedAddition(nn.Module):
@@ -243,7 +246,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Real features (N, features) to real logits (N, classes) of 256 values at most."""
         output = self.description.output
-        sums = F.linear((features / self.description.input.scale).round(), self.weight) + self.bias
+        integers = (features / self.description.input.scale).round().double()
+        sums = (F.linear(integers, self.weight.double()) + self.bias).float()
         scale = (self.weight_scales.double() * (self.description.input.scale / output.scale)).float()
         return (sums * scale).round_().clamp_(*integer_range(output)) * output.scale
 

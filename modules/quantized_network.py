@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from microtune.modules.quantized_graph import InvertedResidual, QuantizedGraph
+from microtune.modules.quantized_graph import INT8_MAX, INT8_MIN, InvertedResidual, QuantizedGraph
 from microtune.modules.quantized_layers import (
     BIAS_LIMIT,
     QuantizedAddition,
@@ -139,31 +139,37 @@ def load_quantized_tensors(network: QuantizedNetwork, tensors: Mapping[str, Tens
 
 
 def quantized_tensors(
-    network: QuantizedNetwork, class_names: Sequence[str] | None = None
+    network: QuantizedNetwork,
+    class_names: Sequence[str] | None = None,
+    input_shape: tuple[int, int, int] | None = None,
 ) -> tuple[QuantizedGraph, dict[str, Tensor]]:
     """The graph and the integers of a network, as ``write_quantized_network`` takes them.
 
     Args:
-        network: Without a scheme applied.
+        network: Without a scheme applied. What is no integer is rounded, what is out of range is limited.
         class_names: What its outputs mean, if that is known.
+        input_shape: Channels, height and width that it was trained on, if they are others than the graph's.
 
     Returns:
         The graph, with a classifier in floating point if the network has one, and the tensors.
     """
-    graph = network.graph
-    classifier = graph.classifier
+    graph, classifier = network.graph, network.graph.classifier
     if isinstance(network.classifier, nn.Linear):
         classifier = replace(classifier, classes=network.classifier.out_features, output=None)
-    graph = replace(graph, classifier=classifier, class_names=None if class_names is None else tuple(class_names))
-    kinds = {"weight": torch.int8, "bias": torch.int32, "weight_scales": torch.float32}
+    graph = replace(
+        graph,
+        classifier=classifier,
+        class_names=None if class_names is None else tuple(class_names),
+        input_shape=input_shape or graph.input_shape,
+    )
     tensors = {}
     for name, value in network.state_dict().items():
-        is_integer = isinstance(network.get_submodule(name.rpartition(".")[0]), QuantizedConv2d | QuantizedLinear)
-        dtype = kinds[name.rpartition(".")[2]] if is_integer else torch.float32
+        layer, _, kind = name.rpartition(".")
         value = value.detach().cpu()
-        tensors[name] = (
-            (value.double().round() if dtype == torch.int32 else value.round() if dtype == torch.int8 else value)
-            .to(dtype)
-            .contiguous()
-        )
+        if isinstance(network.get_submodule(layer), QuantizedConv2d | QuantizedLinear):
+            if kind == "weight":
+                value = value.round().clamp(INT8_MIN, INT8_MAX).to(torch.int8)
+            elif kind == "bias":
+                value = value.double().round().clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
+        tensors[name] = value.contiguous()
     return graph, tensors

@@ -146,7 +146,7 @@ def _drop_slice(layer: SubTensorConv2d, state: dict[str, Tensor], prefix: str, _
 
 def _after_loading(layer: SubTensorConv2d, _) -> None:
     if isinstance(layer.convolution[0], QuantizedConv2d):
-        layer.convolution[0].weights_changed()
+        layer.convolution[0].scales_changed()
 
 
 def _take_slice(layer: SubTensorConv2d, state: dict[str, Tensor], prefix: str, *_) -> None:
@@ -189,11 +189,10 @@ class _SubTensorQuantizedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight_slice, bias, weight, channels, channel_index, layer):
-        weight = weight.round()
-        output, saturated = saturate(layer.rounded(x, weight, bias.round()), layer.low, layer.high)
+        output, saturated = saturate(layer.rounded(x, weight.round(), bias.round()), layer.low, layer.high)
         kept = None
         if channels:
-            kept = x if len(channels) == x.shape[1] else x.index_select(1, channel_index)
+            kept = x if channels == list(range(x.shape[1])) else x.index_select(1, channel_index)
             kept = (kept + layer.description.input.zero_point).to(torch.int8)
         ctx.channels, ctx.layer, ctx.weight, ctx.input_shape = channels, layer, weight, x.shape
         ctx.save_for_backward(kept, weight_slice, saturated)
@@ -212,7 +211,8 @@ class _SubTensorQuantizedConvolution(torch.autograd.Function):
             left, right, top, bottom = layer.outer_padding or (0, 0, 0, 0)
             count, channels, height, width = ctx.input_shape
             shape = (count, channels, height + top + bottom, width + left + right)
-            grad_input = conv2d_input(shape, ctx.weight * scale.view(-1, 1, 1, 1), gradient, *settings)
+            # rounded once more: a rounded copy would be kept for every layer
+            grad_input = conv2d_input(shape, ctx.weight.round() * scale.view(-1, 1, 1, 1), gradient, *settings)
             grad_input = grad_input[:, :, top : top + height, left : left + width]
         if wanted[1]:
             kept = layer.padded(kept.to(gradient.dtype).sub_(layer.description.input.zero_point))

@@ -248,6 +248,8 @@ def _layer_work(operations: NetworkOperations, operation: Operation, scheme: Upd
 def flash_bytes(operations: NetworkOperations, scheme: UpdateScheme) -> int:
     """What stays in flash, in MCU bytes: frozen int8 weights, 1 byte each, and frozen biases, 4 bytes each.
 
+    The scales of the output channels, 4 bytes each if they are floats, and the program are not counted.
+
     Args:
         operations: The network's.
         scheme: What is updated, and so lies in SRAM.

@@ -12,8 +12,9 @@ from microtune.datamodules.kept_features import Split, TrunkFeatures
 from microtune.modules.channel_choice import choose_channels
 from microtune.modules.classifier import learning_rate_factor
 from microtune.modules.operations import find_operations
-from microtune.modules.quantized_update import keep_in_range, quantized_parameters, scale_gradients
+from microtune.modules.quantized_update import quantized_parameters, round_in_place, scale_gradients
 from microtune.modules.scheme_application import AppliedScheme
+from microtune.modules.stochastic_rounding import IntegerGenerator
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
@@ -24,8 +25,8 @@ class TrialTraining:
     """Trains candidate schemes for a number of steps and tells their accuracy on the validation split.
 
     A trial does what ``Classifier`` and ``SparseUpdate`` do under a Trainer (SGD without momentum, warm-up, cosine), to
-    the bit in batches of 16 samples or more, and of an int8 network ``QuantizationAwareScaling`` and ``Int8Weights``
-    with latent weights; but it always has a fresh classifier, begins behind the frozen trunk, and
+    the bit in batches of 16 samples or more, and of an int8 network ``QuantizationAwareScaling`` and ``Int8Weights``;
+    but it always has a fresh classifier, begins behind the frozen trunk, and
     has no Trainer around it, which would take as long again. Candidates of one call train side by side: they share the
     batches and, where it is not kept, the trunk's work.
 
@@ -105,17 +106,18 @@ class TrialTraining:
         network.classifier.load_state_dict(self.fresh_classifier(seed))
         channels = choose_channels(network, scheme, self.operations.convolutions)
         AppliedScheme(network, scheme, self.operations, channels)
-        return _Candidate(network)
+        return _Candidate(network, seed)
 
 
 class _Candidate:
     """One network in training."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, seed: int):
         self.network = network.train()
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trainable, lr=math.nan)
         self.quantized = quantized_parameters(network)  # none in floating point
+        self.generator = IntegerGenerator(seed)
         self.loss = math.nan
 
     def step(self, features: Tensor, labels: Tensor, learning_rate: float) -> None:
@@ -125,7 +127,7 @@ class _Candidate:
         loss.backward()
         scale_gradients(self.quantized)
         self.optimizer.step()
-        keep_in_range(self.quantized)
+        round_in_place(self.quantized, self.generator)
         self.loss = float(loss.detach())
 
     @torch.no_grad()

@@ -27,8 +27,10 @@ from microtune.modules.channel_choice import choose_channels
 from microtune.modules.microcontrollers import microcontroller
 from microtune.modules.operations import NetworkOperations
 from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.quantized_update import quantized_parameters, round_in_place, scale_gradients
 from microtune.modules.saved_for_backward import measure_saved_bytes
 from microtune.modules.scheme_application import AppliedScheme
+from microtune.modules.stochastic_rounding import IntegerGenerator
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.recipes.command_line import check_at_least_one, run
 from microtune.recipes.networks import describe_network, scheme_by_name_or_file, source_of_weights
@@ -149,14 +151,19 @@ def forward_only(network: nn.Module, samples: Tensor) -> None:
 
 
 def training_step(ready: Prepared, samples: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Forward, backward and an SGD step without momentum, ready to be called."""
+    """Forward, backward and an SGD step without momentum, ready to be called; of int8 with all that belongs to it."""
     optimizer = torch.optim.SGD(ready.trained, 1e-3)
+    trained = {id(parameter) for parameter in ready.trained}
+    of_int8 = [one for one in quantized_parameters(ready.network) if id(one.parameter) in trained]
+    generator = IntegerGenerator(0)
 
     def step() -> None:
         ready.network.zero_grad()
         nn.functional.cross_entropy(ready.network(samples), labels).backward()
+        scale_gradients(of_int8)
         optimizer.step()
         ready.restore_frozen()
+        round_in_place(of_int8, generator)
 
     return step
 

@@ -10,17 +10,19 @@ rate, in proportion to their batch size: that it serves both is what quantizatio
 goes on where it was stopped.
 """
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from microtune.modules.quantized_files import is_quantized_file
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import write_json
 from microtune.recipes.command_line import check_at_least_one, listed, run
 from microtune.recipes.data_sets import DataName
-from microtune.recipes.networks import MOBILENET_V2, source_of_weights
+from microtune.recipes.networks import FILLING_SCHEMES, MOBILENET_V2, NAMED_SCHEMES, source_of_weights
 from microtune.recipes.paired_trainings import (
     Training,
     compare,
@@ -35,6 +37,8 @@ from microtune.recipes.paired_trainings import (
 from microtune.recipes.run_folder import LoggerName, new_folder, plain
 from microtune.recipes.training import check_ranges
 from microtune.recipes.workers import Workers
+
+log = logging.getLogger(__name__)
 
 # a way to train, and the arguments of ``train`` that make it
 WAYS: dict[str, dict[str, Any]] = {
@@ -93,7 +97,11 @@ def main(
     torch.set_num_threads(1)
     check_at_least_one(batch_size=batch_size, seeds=seeds, processes=processes)
     check_ranges(arguments)
-    described = [described_row(row, batch_size) for row in listed(rows)]
+    if not is_quantized_file(network):
+        raise UserError(f"network is {network!r}: give the .safetensors file of an int8 network")
+    described = described_rows(rows, batch_size)
+    if weights == "none" and any(way == "float" for way, _, _ in described.values()):
+        raise UserError("a row trains in floating point: give what the int8 network was made of with --weights")
     out_dir = out_dir or new_folder(Path("runs") / "compare_int8")
     rate = 0.1 / 256 if learning_rate is None else learning_rate / batch_size
     of_data = {
@@ -105,10 +113,9 @@ def main(
     of_all = {"epochs": epochs, "warmup_fraction": warmup_fraction, "mcu": mcu}
     trainings = []
     for seed in range(seeds):
-        for way, scheme, size in described:
+        for name, (way, scheme, size) in described.items():
             of_network = {"weights": weights, "width": width} if way == "float" else {"network": network}
             source = source_of_weights(of_network.get("network", MOBILENET_V2), of_network.get("weights", "none"))
-            name = f"{way}, {Path(scheme).stem}" + (f", batch {size}" if size != batch_size else "")
             folder = out_dir / "runs" / f"{name.replace(', ', '-').replace(' ', '')}-seed{seed}"
             of_row = of_all | of_network | WAYS[way] | {"scheme": scheme}
             trainings.append(
@@ -121,12 +128,12 @@ def main(
         failures = [failure for failure in failures if failure]
         if not results:
             raise UserError(failures[-1] if failures else "every training was lost with its worker: see above")
-        names = list(dict.fromkeys(training.scheme for training in trainings))
+        for failure in failures:
+            log.warning(failure)
         report = {
             "memory": "peak",
-            "schemes": compare(results, names),
-            "missing": failures
-            or [f"{one.scheme}, seed {one.seed}" for one in trainings if not one.report_file.exists()],
+            "schemes": compare(results, list(described)),
+            "missing": [f"{one.scheme}, seed {one.seed}" for one in trainings if not one.report_file.exists()],
             "seconds": time.monotonic() - started,
         }
         write_json(out_dir / "report.json", report)
@@ -136,12 +143,31 @@ def main(
     return report
 
 
+def described_rows(rows: str, batch_size: int) -> dict[str, tuple[str, str, int]]:
+    """The rows that commas separate, by name.
+
+    Example::
+
+        described_rows("latent:full", 64)  # {"latent, full": ("latent", "full", 64)}
+    """
+    described: dict[str, tuple[str, str, int]] = {}
+    for row in listed(rows):
+        way, scheme, size = described_row(row, batch_size)
+        name = f"{way}, {Path(scheme).stem}" + (f", batch {size}" if size != batch_size else "")
+        if name in described:
+            raise UserError(f"two rows have the name {name!r}: leave one out, or give its scheme another file name")
+        described[name] = way, scheme, size
+    if not described:
+        raise UserError("there is nothing to compare: give --rows such as float:full,in_place:full")
+    return described
+
+
 def described_row(row: str, batch_size: int) -> tuple[str, str, int]:
     """The way to train, the scheme and the batch size of a row such as ``in_place:scheme.json:1``.
 
     Example::
 
-        described_row("latent:biases", 64)  # ("latent", "biases", 64)
+        described_row("latent:full", 64)  # ("latent", "full", 64)
     """
     way, _, rest = row.partition(":")
     scheme, colon, own = rest.rpartition(":")
@@ -150,6 +176,12 @@ def described_row(row: str, batch_size: int) -> tuple[str, str, int]:
     if way not in WAYS or not scheme or int(own) < 1:
         ways = ", ".join(WAYS)
         raise UserError(f"row {row!r} is none: give WAY:SCHEME or WAY:SCHEME:BATCH_SIZE, where WAY is one of {ways}")
+    if scheme in FILLING_SCHEMES:
+        raise UserError(
+            f"row {row!r}: {scheme} is what fits, and copies of weights take room: give a scheme's JSON file"
+        )
+    if scheme not in NAMED_SCHEMES and not Path(scheme).is_file():
+        raise UserError(f"row {row!r} has no scheme: give a JSON file, classifier or full")
     return way, scheme, int(own)
 
 

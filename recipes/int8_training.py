@@ -17,7 +17,14 @@ log = logging.getLogger(__name__)
 INT8_FILE = "network.safetensors"  # in the run's folder: the network as it was trained
 
 
-def refuse_unsuited_to_int8(has_batch_norm: bool, precision: str) -> None:
+def refuse_unsuited_to_int8(
+    has_batch_norm: bool,
+    precision: str,
+    optimizer: OptimizerName,
+    gradient_clip_norm: float | None,
+    ema_decay: float | None,
+    weight_storage: WeightStorage,
+) -> None:
     """Raises ``UserError`` where an int8 network cannot be trained so."""
     if has_batch_norm:
         raise UserError("--scheme none trains with batch norm, which an int8 network has not: give --scheme full")
@@ -26,17 +33,22 @@ def refuse_unsuited_to_int8(has_batch_norm: bool, precision: str) -> None:
             f"precision is {precision}, and an int8 network is simulated in float32, whose whole numbers are exact: "
             "give 32-true"
         )
+    if optimizer != "sgd":
+        raise UserError(
+            f"optimizer is {optimizer}, whose steps are as long in integers as in real numbers, so that int8 weights "
+            "hardly move: give sgd"
+        )
+    if gradient_clip_norm:
+        raise UserError("gradient_clip_norm would measure an int8 network's gradients in integers: leave it out")
+    if ema_decay and weight_storage == "in_place":
+        raise UserError("ema_decay averages weights in floating point: give --weight_storage latent, or leave it out")
 
 
-def int8_callbacks(
-    optimizer: OptimizerName, gradient_scaling: bool, weight_storage: WeightStorage, seed: int
-) -> list[Callback]:
+def int8_callbacks(gradient_scaling: bool, weight_storage: WeightStorage, seed: int) -> list[Callback]:
     """What trains an int8 network right, and a line that says so."""
-    scaled = gradient_scaling and optimizer == "sgd"
-    reason = "by --gradient_scaling false" if not gradient_scaling else "AdamW has no use for it"
-    scaling = "with quantization-aware scaling" if scaled else f"without quantization-aware scaling ({reason})"
-    log.info("the int8 network is trained %s and %s weights", scaling, weight_storage)
-    return [QuantizationAwareScaling()] * scaled + [Int8Weights(weight_storage, seed)]
+    scaling = "with" if gradient_scaling else "as --gradient_scaling false says, without"
+    log.info("the int8 network is trained %s quantization-aware scaling, its weights %s", scaling, weight_storage)
+    return [QuantizationAwareScaling()] * gradient_scaling + [Int8Weights(weight_storage, seed)]
 
 
 def int8_report(callbacks: Sequence[Callback]) -> dict[str, Any]:

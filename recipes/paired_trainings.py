@@ -48,6 +48,7 @@ QUIET = (
     "microtune.datamodules",
     "microtune.modules",
     "microtune.recipes.training",
+    "microtune.recipes.int8_training",
 )
 # what may differ after a stop
 MAY_CHANGE = {"out_dir", "logger", "processes", "data_dir"}
@@ -127,8 +128,10 @@ def train_once(training: Training) -> str | None:
         with quiet():
             data = data_module(**training.data_arguments, batch_size=training.batch_size, seed=training.seed)
             arguments = {"weights": "none"} | training.train_arguments | of_training
+            # the scheme itself is compared when a training goes on, not where its file lies: the folder may have moved
+            kept = {name: value for name, value in arguments.items() if name != "scheme"}
             train(
-                data, "paired_trainings", arguments, allow_oversize=True, logger="none", out_dir=folder, resume=resume,
+                data, "paired_trainings", kept, allow_oversize=True, logger="none", out_dir=folder, resume=resume,
                 **arguments,
             )  # fmt: skip
     except UserError as error:

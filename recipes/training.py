@@ -162,8 +162,7 @@ def train(
         gradient_clip_norm: Largest norm of the gradient.
         channel_choice: How a layer's updated channels are chosen: weight_norm or random.
         method: sub_tensor computes and stores only what is updated, mask is the textbook version.
-        gradient_scaling: Of an int8 network under SGD, quantization-aware scaling of its gradients; without, it hardly
-            learns.
+        gradient_scaling: Of an int8 network, quantization-aware scaling of its gradients; without, it hardly learns.
         weight_storage: Of an int8 network: in_place keeps its weights int8 at every moment, latent keeps copies in
             floating point beside them, for which a device needs 4 bytes more per updated weight.
         sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
@@ -195,7 +194,7 @@ def train(
     described = describe_network(weights, data.input_shape, data.num_classes, width, head_convolution)
     has_batch_norm = weights == "none" if scheme is None else scheme == "none"
     if described.is_quantized:
-        refuse_unsuited_to_int8(has_batch_norm, precision)
+        refuse_unsuited_to_int8(has_batch_norm, precision, optimizer, gradient_clip_norm, ema_decay, weight_storage)
     if has_batch_norm and batch_size == 1 and not evaluate_only:
         raise UserError("batch_size is 1, and batch norm has no statistics of one sample: give 2 or more")
     peak_memory = PeakMemory(
@@ -248,7 +247,7 @@ def train(
         callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
     of_int8 = []
     if described.is_quantized and not evaluate_only:
-        of_int8 = int8_callbacks(optimizer, gradient_scaling, weight_storage, seed)
+        of_int8 = int8_callbacks(gradient_scaling, weight_storage, seed)
     averaging = [EMAWeightAveraging(decay=average_decay)] if average_decay else []
     trainer = make_trainer(
         accelerator=accelerator,
@@ -286,7 +285,8 @@ def train(
     report |= int8_report(of_int8) | forgotten | run | {"seconds": time.monotonic() - started}
     if rank_zero_only.rank == 0:
         if of_int8:
-            write_quantized_network(out_dir / INT8_FILE, *quantized_tensors(module.net, data.class_names))
+            made = quantized_tensors(module.net, data.class_names, described.input_shape)
+            write_quantized_network(out_dir / INT8_FILE, *made)
         log_run_end(wandb_run(loggers), report, module.test_confusion, data.class_names)
         write_json(out_dir / "report.json", report)
         print_result(report, out_dir)

@@ -172,6 +172,23 @@ def test_metrics_are_those_of_the_logits():
     assert torch.equal(module.test_confusion, expected)
 
 
+def test_best_of_equal_logits_is_the_first_of_the_best_five():
+    """Those of int8 networks often are; the confusion matrix has the same one."""
+    module = Classifier({**FOLDED, "num_classes": 8})
+    module.net = nn.Flatten()  # samples are their own logits
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randint(0, 3, (60, 1, 1, 8), generator=generator).float()
+    labels = torch.randint(0, 8, (60,), generator=generator)
+    best = samples.flatten(1).topk(5).indices[:, 0]
+    assert (best != samples.flatten(1).argmax(1)).any()
+    results = trainer(1).test(module, DataLoader(TensorDataset(samples, labels), 16), verbose=False)[0]
+    assert results["test/top1"] == pytest.approx((best == labels).float().mean().item())
+    expected = torch.zeros(8, 8, dtype=torch.long)
+    for actual, predicted in zip(labels, best, strict=True):
+        expected[actual, predicted] += 1
+    assert torch.equal(module.test_confusion, expected)
+
+
 def test_confusion_matrix_starts_anew():
     module = Classifier(FOLDED)
     for _ in range(2):

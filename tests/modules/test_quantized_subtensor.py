@@ -87,9 +87,10 @@ def slices_of(weight: Tensor, groups: int, channels: list[int]) -> Tensor:
     return torch.stack([weights_of_channel(weight, groups, channel) for channel in channels])
 
 
-def assert_close(found: Tensor, expected: Tensor, tolerance=1e-5):
+def assert_close(found: Tensor, expected: Tensor, full: Tensor):
+    """Up to what sums in float32 lose, reckoned by the layer's full gradient: of a slice almost all may cancel."""
     assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (found - expected).abs().max() <= 1e-5 * full.abs().max()
 
 
 # --- one layer ---
@@ -137,7 +138,7 @@ def layers(draw):
     return layer, channels, x.requires_grad_(draw(st.booleans()))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(layers(), st.booleans())
 def test_gradients_equal_slices_of_the_full_gradients(layer, train_bias):
     plain, channels, x = layer
@@ -247,34 +248,37 @@ def test_the_layers_drawn_from_are_those_of_the_network(small_graph):
     assert {name: layer.in_channels for name, layer in small_graph.convolutions()} == LAYERS
 
 
-@settings(max_examples=40, **ONE_FIXTURE)
+@settings(max_examples=25, **ONE_FIXTURE)
 @given(scheme=schemes(), seed=st.integers(0, 2**32))
 def test_sub_tensor_and_mask_compute_the_same(small_graph, small_tensors, scheme, seed):
     images, labels = batch_of(seed=seed)
     networks, outputs, channels = {}, {}, {}
-    for method in ("sub_tensor", "mask"):
+    for method in ("plain", "sub_tensor", "mask"):
         networks[method] = build(small_graph, small_tensors)
-        channels = apply(networks[method], scheme, method).channels
+        if method != "plain":
+            channels = apply(networks[method], scheme, method).channels
         outputs[method] = networks[method](images)
         F.cross_entropy(outputs[method], labels).backward()
-    assert torch.equal(*outputs.values())
-    assert torch.equal(outputs["mask"], build(small_graph, small_tensors)(images))
+        assert torch.equal(outputs[method], outputs["plain"])
     updated_biases = list(LAYERS)[len(LAYERS) - scheme.bias_depth :]
     for name in LAYERS:
-        ours, masked = (networks[method].get_submodule(name) for method in ("sub_tensor", "mask"))
+        plain, ours, masked = (network.get_submodule(name) for network in networks.values())
         assert (masked.bias.grad is not None) == (ours.bias.grad is not None) == (name in updated_biases)
         if name in updated_biases:
-            assert_close(ours.bias.grad, masked.bias.grad)
+            for layer in (ours, masked):
+                assert_close(layer.bias.grad, plain.bias.grad, plain.bias.grad)
         assert (masked.weight.grad is not None) == (name in channels)
         if name in channels:
-            gradient = masked.weight.grad
-            assert_close(ours.weight_slice.grad, slices_of(gradient, masked.groups, channels[name]))
-            updated = torch.zeros_like(gradient)
+            full, updated = plain.weight.grad, torch.zeros_like(plain.weight)
             for channel in channels[name]:
-                weights_of_channel(updated, masked.groups, channel).fill_(1.0)
-            assert not gradient[updated == 0].any()
+                weights_of_channel(updated, plain.groups, channel).fill_(1.0)
+            assert_close(masked.weight.grad, full * updated, full)
+            assert not masked.weight.grad[updated == 0].any()
+            assert_close(ours.weight_slice.grad, slices_of(full, plain.groups, channels[name]), full)
     for name in ("weight", "bias"):
-        assert torch.equal(*(getattr(network.classifier, name).grad for network in networks.values()))
+        classifiers = [getattr(network.classifier, name).grad for network in networks.values()]
+        assert torch.equal(classifiers[0], classifiers[1])
+        assert torch.equal(classifiers[0], classifiers[2])
 
 
 def test_the_drawn_gradients_are_not_zero(small_graph, small_tensors):
@@ -387,7 +391,7 @@ def bytes_by_hand(graph, scheme, size) -> int:
     return kept
 
 
-@settings(max_examples=40, **ONE_FIXTURE)
+@settings(max_examples=25, **ONE_FIXTURE)
 @given(scheme=schemes(), count=st.integers(1, 3), size=st.sampled_from([32, 20, 17]))
 def test_measured_bytes_equal_the_account_and_the_count_by_hand(small_graph, small_tensors, scheme, count, size):
     network = build(small_graph, small_tensors)

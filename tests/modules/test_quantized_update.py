@@ -34,7 +34,7 @@ def int8_layer(scales, in_channels=4, groups=1, kernel=3):
         layer.weight.copy_(torch.randint(-127, 128, layer.weight.shape))
         layer.bias.copy_(torch.randint(-5000, 5000, layer.bias.shape))
         layer.weight_scales.copy_(torch.tensor(scales))
-    layer.weights_changed()
+    layer.scales_changed()
     return layer
 
 

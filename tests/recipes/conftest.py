@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from microtune.modules.mobilenet_v2 import mobilenet_v2
 from microtune.modules.operations import find_operations
 from microtune.modules.simple_schemes import is_expanding
 from microtune.modules.update_scheme import UpdateScheme
+from microtune.recipes import paired_trainings
 from microtune.recipes.command_line import run
 from microtune.recipes.networks import describe_network
 
@@ -73,6 +75,37 @@ def command(monkeypatch, capfd) -> Callable[..., Ended]:
         return Ended(status, *capfd.readouterr())
 
     return call
+
+
+def all_files(folder: Path) -> dict[Path, bytes | None]:
+    """What lies in a folder, and what it holds."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An own current folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def refused(command, here) -> Callable[..., str]:
+    """Asserts that a recipe refuses these words with one line, which matches, and writes nothing; returns the line."""
+
+    def check(message, recipe, *words):
+        before = all_files(here)
+        ended = command(recipe, *words)
+        assert ended.status == 2
+        assert ended.output == ""
+        assert ended.errors.startswith(f"{recipe}.py: error: ")
+        assert ended.errors.count("\n") == 1
+        assert re.search(message, ended.errors), ended.errors
+        assert all_files(here) == before
+        return ended.errors
+
+    return check
 
 
 def start_process(*words: Any, **environment: str) -> subprocess.Popen:
@@ -289,6 +322,26 @@ def interrupt(monkeypatch) -> Callable[..., None]:
         monkeypatch.setattr(Classifier, "training_step", training_step)
 
     return at
+
+
+@pytest.fixture
+def pretended(monkeypatch) -> SimpleNamespace:
+    """Lets trainings only pretend: ``all`` are the arguments of each, ``of`` says what comes out, by its folder."""
+    outcome = SimpleNamespace(all=[], of=lambda folder: 0.5)
+
+    def train(data, recipe, arguments, weights, epochs, batch_size, seed, **options):
+        call = {"data": data, "weights": weights, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+        outcome.all.append(call | options)
+        top1 = outcome.of(options["out_dir"].name)
+        options["out_dir"].mkdir(parents=True, exist_ok=True)
+        scheme = UpdateScheme.load(options["scheme"])
+        scheme.save(options["out_dir"] / "scheme.json")
+        report = {"top1": top1, "val_top1": top1 / 2, "seconds": 1.0}
+        report |= {"extra_memory_bytes": 1024 * scheme.bias_depth, "peak_memory_bytes": 4096 * scheme.bias_depth}
+        (options["out_dir"] / "report.json").write_text(json.dumps(report))
+
+    monkeypatch.setattr(paired_trainings, "train", train)
+    return outcome
 
 
 @pytest.fixture(scope="session")

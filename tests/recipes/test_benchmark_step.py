@@ -8,6 +8,7 @@ import torch
 from microtune.modules.batch_norm_folding import fold_batch_norm
 from microtune.modules.mobilenet_v2 import mobilenet_v2
 from microtune.modules.operations import find_operations
+from microtune.modules.quantized_files import write_quantized_network
 from microtune.modules.training_memory import autograd_bytes_per_sample
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.recipes import benchmark_step
@@ -55,6 +56,7 @@ def test_json_is_one_object_and_nothing_else(command, scheme):
     saved = {name: row["autograd_bytes_per_sample"] for name, row in methods.items()}
     assert saved["sub_tensor"] == autograd_bytes_per_sample(operations, update_scheme)
     assert saved["sub_tensor"] <= saved["freeze"] <= saved["mask"] <= saved["full"]
+    assert saved["published"] == saved["full"]
     for name, row in methods.items():
         assert row["saved_bytes_ratio_of_full"] == saved["full"] / saved[name]
 
@@ -83,22 +85,54 @@ def test_thirty_times_fewer_saved_bytes_than_full_update(command, scheme_file):
     assert methods["sub_tensor"]["saved_bytes_ratio_of_full"] >= 30
 
 
-@pytest.mark.parametrize("method", benchmark_step.METHODS)
-def test_every_method_trains(method, scheme_file):
-    """A step changes the classifier and what the scheme updates, and an early layer only under full update."""
+@pytest.fixture
+def network():
+    """A folded network whose gradients are not near 1e-8, as they are without statistics for its batch norm."""
     torch.manual_seed(0)
+    unfolded = mobilenet_v2(0.35, num_classes=10)
+    unfolded(torch.randn(8, 3, 32, 32))
+    return fold_batch_norm(unfolded, (3, 32, 32))
+
+
+@pytest.mark.parametrize("method", benchmark_step.METHODS)
+def test_every_method_trains(method, network, scheme_file):
+    """A step changes the classifier and what the scheme updates, and an early layer only under full update."""
     described = benchmark_step.describe_network("none", (3, 32, 32), 10)
     scheme = described.load_scheme(scheme_file)
-    unfolded = mobilenet_v2(0.35, num_classes=10)
-    unfolded(torch.randn(8, 3, 32, 32))  # statistics for its batch norm: without, gradients are near 1e-8
-    plain = fold_batch_norm(unfolded, (3, 32, 32))
-    trained, restore_frozen = benchmark_step.prepared(plain, scheme, described.operations, method)
-    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    ready = benchmark_step.prepared(network, scheme, described.operations, method)
+    before = {name: value.clone() for name, value in ready.network.state_dict().items()}
     samples, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    benchmark_step.training_step(trained, restore_frozen, samples, labels)()
-    changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
+    benchmark_step.training_step(ready, samples, labels)()
+    changed = {name for name, value in ready.network.state_dict().items() if not torch.equal(value, before[name])}
     assert {"classifier.1.weight", "features.17.conv.0.0.bias", "features.10.conv.0.0.bias"} <= changed
     assert ("features.9.conv.0.0.bias" in changed) is (method == "full")
+
+
+def test_published_method_trains_as_masks_do(network, scheme):
+    """By three steps in double precision, what each changes: computing the other gradients too alters nothing."""
+    operations, samples = find_operations(network, (3, 32, 32)), torch.randn(4, 3, 32, 32).double()
+    changes = {}
+    for method in ("mask", "published"):
+        ready = benchmark_step.prepared(network.double(), scheme[0], operations, method)
+        step = benchmark_step.training_step(ready, samples, torch.tensor([0, 1, 2, 3]))
+        for _ in range(3):
+            step()
+        before, after = network.state_dict(), ready.network.state_dict()
+        changes[method] = {name: after[name] - before[name] for name in before}
+    assert sum(change.ne(0).any().item() for change in changes["mask"].values()) >= 2  # of the classifier at least
+    for name, change in changes["mask"].items():
+        torch.testing.assert_close(changes["published"][name], change, rtol=1e-6, atol=1e-12, msg=name)
+        assert torch.equal(changes["published"][name] == 0, change == 0), name
+
+
+def test_published_method_computes_every_gradient(network, scheme):
+    operations = find_operations(network, (3, 32, 32))
+    ready = benchmark_step.prepared(network, scheme[0], operations, "published")
+    benchmark_step.training_step(ready, torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))()
+    gradients = {name: parameter.grad for name, parameter in ready.network.named_parameters()}
+    assert len(gradients) == len(list(network.parameters()))
+    assert all(gradient is not None for gradient in gradients.values())
+    assert gradients["features.0.0.weight"].ne(0).any()  # of a layer that no scheme here updates
 
 
 def test_methods_take_turns():
@@ -119,3 +153,19 @@ def test_input_that_is_not_square(command):
     operations = find_operations(mobilenet_v2(0.35, num_classes=10, in_channels=1), (1, 97, 40))
     saved = json.loads(ended.output)["methods"]["sub_tensor"]["autograd_bytes_per_sample"]
     assert saved == autograd_bytes_per_sample(operations, scheme)
+
+
+def test_int8_network(command, small_graph, small_tensors, tmp_path):
+    """The same methods; what they store is what the account says, kept activations being int8."""
+    write_quantized_network(tmp_path / "small.safetensors", small_graph, small_tensors)
+    scheme = UpdateScheme("small-int8", 4, {"blocks.2.pointwise1": 0.5, "blocks.1.pointwise2": 1.0})
+    scheme.save(tmp_path / "scheme.json")
+    ended = command(
+        *("benchmark_step", "--network", tmp_path / "small.safetensors", "--scheme", tmp_path / "scheme.json"),
+        *("--resolution", 32, "--batch_size", 2, "--rounds", 1, "--threads", 1, "--json"),
+    )
+    assert (ended.status, ended.errors) == (0, "")
+    saved = {name: row["autograd_bytes_per_sample"] for name, row in json.loads(ended.output)["methods"].items()}
+    described = benchmark_step.describe_network(str(tmp_path / "small.safetensors"), (3, 32, 32), 10)
+    assert saved["sub_tensor"] == autograd_bytes_per_sample(described.operations, scheme)
+    assert saved["sub_tensor"] < saved["mask"] < saved["published"] == saved["full"]

@@ -17,7 +17,7 @@ from microtune.modules.contributions import ContributionTable
 from microtune.modules.microcontrollers import MICROCONTROLLERS, microcontroller
 from microtune.modules.peak_memory import PeakMemory
 from microtune.modules.simple_schemes import is_expanding
-from microtune.modules.training_memory import flash_bytes
+from microtune.modules.training_memory import extra_memory_bytes, flash_bytes
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.recipes.benchmark_search import settings_of_measurement
 from microtune.recipes.command_line import parse
@@ -33,11 +33,15 @@ from microtune.recipes.shared_folder import CLAIMS
 
 ROOT = Path(__file__).parents[2]
 MEASUREMENTS = sorted(path.parent for path in (ROOT / "recipes/contributions").glob("*/contributions.csv"))
-SCHEMES = sorted(path for path in (ROOT / "recipes/schemes").glob("*.json") if "lin2022" not in path.name)
-INPUTS = {  # shape, classes and padding of what the data sets' networks read
-    "digits": ((1, 32, 32), 5, "symmetric"),
-    "cifar10": ((3, 96, 96), 10, "keras"),
-    "speech_commands": ((1, 97, 40), 10, "symmetric"),
+OF_THE_PAPER = [  # not searched for
+    ROOT / f"recipes/schemes/mobilenet_v2-w0.35_{name}.json"
+    for name in ("all_biases", "last_12_layers", "lin2022_73kb", "lin2022_99kb")
+]
+SCHEMES = sorted(path for path in (ROOT / "recipes/schemes").glob("*.json") if path not in OF_THE_PAPER)
+INPUTS = {  # shape, classes and weights, which need not be there, of what the data sets' networks read
+    "digits": ((1, 32, 32), 5, "none"),
+    "cifar10": ((3, 96, 96), 10, "keras.npz"),
+    "speech_commands": ((1, 97, 40), 10, "none"),
 }
 NETWORK = r"(?P<network>mobilenet_v2-w(?P<width>\d\.\d+)(?P<head>-head)?)"
 SCHEME_NAME = re.compile(rf"{NETWORK}_(?P<data>{'|'.join(INPUTS)})_(?P<mcu>{'|'.join(MICROCONTROLLERS)})\.json")
@@ -64,8 +68,8 @@ class Named:
         return cls(parts["network"], width, head, parts["data"], parts.get("mcu", ""))
 
     def described(self) -> DescribedNetwork:
-        shape, classes, padding = INPUTS[self.data]
-        return described_once(self.width, shape, classes, self.head_convolution, padding)
+        shape, classes, weights = INPUTS[self.data]
+        return described_once(weights, shape, classes, self.width, self.head_convolution)
 
 
 described_once = cache(describe_network)
@@ -93,6 +97,12 @@ def test_measurements_were_found():
         "mobilenet_v2-w0.35_cifar10",
         "mobilenet_v2-w0.35_speech_commands",
     }
+
+
+def test_padding_is_that_of_the_weights():
+    """Else the networks of CIFAR-10 here would not be those of the commands."""
+    paddings = {data: Named("any", 0.35, False, data).described().arguments["padding"] for data in INPUTS}
+    assert paddings == {"digits": "symmetric", "cifar10": "keras", "speech_commands": "symmetric"}
 
 
 def test_absolute_paths_are_recognised():
@@ -227,6 +237,17 @@ def test_scheme_is_as_good_as_it_says(path):
     table = ContributionTable.load(file)
     gains = [table.weight_gains[layer][ratio] for layer, ratio in scheme.weights.items()]
     assert found["score"] == pytest.approx(table.bias_gains[scheme.bias_depth] + sum(gains), rel=1e-9)
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda path: path.stem)
+def test_scheme_of_the_paper_takes_what_it_says(path):
+    scheme = UpdateScheme.load(path)
+    resolution = scheme.provenance["resolution"]
+    described = described_once("none", (3, resolution, resolution), 10, 0.35)
+    operations = described.operations
+    scheme.check(operations.convolutions, described.name)
+    taken = extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme)
+    assert taken == scheme.provenance["extra_memory_bytes"]
 
 
 def test_scheme_names_no_machine(path):

@@ -6,8 +6,6 @@ import math
 import pickle
 import re
 import shutil
-import statistics
-import time
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ from microtune.modules.training_memory import extra_memory_bytes
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes import compare_schemes, train_cifar
-from microtune.recipes.compare_schemes import Judge, Row, compare, interval, named_files, random_schemes, ruled
+from microtune.recipes.compare_schemes import Judge, named_files, random_schemes, ruled
 from microtune.recipes.memory_figures import scheme_fits
 from microtune.recipes.networks import describe_network
 from microtune.recipes.search_setup import budget_of
@@ -38,7 +36,7 @@ EVOLVED = UpdateScheme(
     "mobilenet_v2-w0.35", 12, {"features.16.conv.0.0": 0.5, "features.14.conv.0.0": 1.0}, provenance={"by": "hand"}
 )
 BUDGET_KIB = 100
-STUDENT_T_OF_2, STUDENT_T_OF_3 = 12.7062, 4.30265  # of two and three seeds at 95 %, from a printed table
+STUDENT_T_OF_2 = 12.7062  # of two seeds at 95 %, from a printed table
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -110,27 +108,6 @@ def finished(whole, tmp_path):
     """A copy of it."""
     shutil.copytree(whole, tmp_path / "finished")
     return tmp_path / "finished"
-
-
-@pytest.fixture
-def pretended(monkeypatch):
-    """Lets trainings only pretend: returns the arguments of all, and a function that may say what comes out."""
-    calls = []
-
-    def train(data, recipe, arguments, weights, epochs, batch_size, seed, **options):
-        calls.append({"data": data, "weights": weights, "epochs": epochs, "batch_size": batch_size, "seed": seed})
-        calls[-1] |= options
-        top1 = outcome.of(options["out_dir"].name)
-        options["out_dir"].mkdir(parents=True, exist_ok=True)
-        report = {"top1": top1, "val_top1": top1 / 2, "seconds": 1.0}
-        (options["out_dir"] / "report.json").write_text(json.dumps(report))
-
-    class outcome:
-        all = calls
-        of = staticmethod(lambda folder: 0.5)
-
-    monkeypatch.setattr(compare_schemes, "train", train)
-    return outcome
 
 
 def read(path):
@@ -266,24 +243,6 @@ def test_stopped_and_begun_again(whole, finished, command, words, interrupt):
     assert first["schemes"] == again["schemes"]
 
 
-def test_results_are_written_as_soon_as_they_are_known(arguments, pretended, tmp_path):
-    """By the watcher, while others train."""
-    trainings = compare_schemes.trainings_of(
-        {"evolved": [tmp_path / "evolved.json"] * 2}, 16, {"evolved": 0.1}, False, tmp_path
-    )
-    EVOLVED.save(tmp_path / "evolved.json")
-    with compare_schemes.watched(trainings, judge_of(budget_kib=64), tmp_path, every_seconds=0.01):
-        compare_schemes.train_once(trainings[0], {"name": "digits", "data_dir": None, "weights": "none",
-                                   "resolution": 32}, {"weights": "none", "epochs": 1})  # fmt: skip
-        for _ in range(200):
-            if (tmp_path / "results.csv").exists():
-                break
-            time.sleep(0.02)
-    assert [(row["scheme"], row["seed"], row["top1"]) for row in read(tmp_path / "results.csv")] == [
-        ("evolved", "0", "0.5")
-    ]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -367,6 +326,7 @@ def test_terms_are_equal(arguments, pretended, tmp_path):
     ]  # fmt: skip
     assert same == [same[0]] * len(same)
     assert (same[0]["epochs"], same[0]["weights"]) == (1, arguments["weights"])
+    assert same[0]["network"] == "mobilenet_v2"
     names = [row["scheme"] for row in read(tmp_path / "out/results.csv")]
     assert names[:5] == ["evolved", "evolved, batch 1", *NAMES[1:]]
 
@@ -529,34 +489,6 @@ def test_where_nothing_comes_out_that_is_an_error(pretended, command, words, tmp
     assert ended.errors.endswith(f"{RECIPE}.py: error: random, seed 1: training diverged: start anew\n")
 
 
-# ---- statistics
-
-
-def test_interval_by_hand():
-    half = STUDENT_T_OF_3 * 0.01 / math.sqrt(3)
-    assert interval([0.01, 0.02, 0.03]) == pytest.approx((0.02 - half, 0.02 + half), rel=1e-5)
-    assert interval([0.02, 0.02]) == (0.02, 0.02)
-    assert interval([0.02]) is None
-
-
-def test_compare_takes_the_seeds_that_both_have():
-    def row(scheme, seed, top1, memory=1024):
-        return Row(scheme, seed, top1, top1 / 2, memory, 3, 1, 2.0)
-
-    rows = [row("a", 0, 0.9), row("a", 1, 0.8), row("a", 2, 0.7)]
-    rows += [row("b", 1, 0.5, 100), row("b", 2, 0.6, 300), row("b", 3, 0.0, 200)]
-    first, second, third = compare(rows, ["a", "b", "c"])
-    assert first == {
-        **{"scheme": "a", "top1": {0: 0.9, 1: 0.8, 2: 0.7}, "memory_bytes_mean": 1024, "seconds_mean": 2.0},
-        **{"top1_mean": pytest.approx(0.8), "top1_std": pytest.approx(0.1)},
-        **{"val_top1_mean": pytest.approx(0.4), "val_top1_std": pytest.approx(0.05)},
-    }
-    assert second["difference"] == pytest.approx(statistics.mean([0.3, 0.1]))
-    assert second["interval"] == pytest.approx((0.2 - STUDENT_T_OF_2 * 0.1, 0.2 + STUDENT_T_OF_2 * 0.1), rel=1e-4)
-    assert second["memory_bytes_mean"] == 200
-    assert third == {"scheme": "c", "top1": {}}
-
-
 # ---- Weights & Biases
 
 
@@ -636,7 +568,7 @@ def test_pairs():
 def test_schemes_may_have_learning_rates_of_their_own(tmp_path):
     files = {"evolved": [tmp_path / "a.json"], "biases": [tmp_path / "b.json"]}
     rates = {"evolved": 0.01, "biases": 0.01} | compare_schemes.own_rates("biases=0.05", list(files))
-    trainings = compare_schemes.trainings_of(files, 20, rates, True, tmp_path)
+    trainings = compare_schemes.trainings_of(files, 20, rates, True, tmp_path, {}, {})
     assert [(one.scheme, one.learning_rate) for one in trainings] == [
         ("evolved", 0.01), ("evolved, batch 1", 0.01 / 20), ("biases", 0.05),
     ]  # fmt: skip

@@ -147,3 +147,19 @@ def test_provenance_of_what_trains_nothing(tmp_path):
     provenance = provenance_of("evolve_update_scheme", arguments, table, Budget("extra", 1024), {})
     assert shlex.split(provenance["command"])[3:] == ["--contributions", str(table), "--resolution", "32"]
     assert provenance["contributions_arguments"] == {"data": "digits", "steps": 20}
+
+
+def test_trials_need_a_validation_split(tiny_cifar):
+    """Data can do without one, trials cannot."""
+    settings = TrialSettings("cifar10", str(tiny_cifar), {"validation_fraction": 0}, resolution=32)
+    with pytest.raises(UserError, match="trials are judged on the validation split: leave validation_fraction 0 out"):
+        searched_network(settings, 32, None, 3, 10)
+
+
+def test_int8_network_is_its_own_weights():
+    settings = TrialSettings("digits", network="small.safetensors")
+    assert settings.source == "small.safetensors"
+    with pytest.raises(UserError, match=r"small\.safetensors is an int8 network, which has its own weights"):
+        TrialSettings("digits", weights="torchvision", network="small.safetensors")
+    with pytest.raises(UserError, match="network is 'resnet18': give mobilenet_v2, or the"):
+        TrialSettings("digits", network="resnet18")

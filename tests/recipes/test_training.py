@@ -358,6 +358,38 @@ def test_evaluation_of_real_weights(shared_data, monkeypatch, train):
     assert report["top5"] > 0.85
 
 
+# ---- options of train_cifar
+
+
+def test_without_validation(train, tmp_path):
+    """Nothing is held out, nothing is validated, and what is tested is the same."""
+    report = train("train_cifar", validation_fraction=0.0, scheme="classifier")
+    assert [report[name] for name in ("train_samples", "val_samples", "test_samples")] == [100, 0, 20]
+    assert report.keys() >= {"top1", "top5", "loss"}
+    assert "val_top1" not in read_report(tmp_path / "run")
+    logged = "".join(path.read_text() for path in (tmp_path / "run").rglob("metrics.csv"))
+    assert "test/top1" in logged
+    assert "val/" not in logged
+    weights = str(tmp_path / "run/last.ckpt")
+    again = train(
+        "train_cifar", weights=weights, evaluate_only=True, validation_fraction=0.0, out_dir=tmp_path / "again"
+    )
+    assert [again[name] for name in ("top1", "loss")] == [report[name] for name in ("top1", "loss")]
+    assert "val_top1" not in again
+
+
+def test_augmentation_of_cifar(train, weights_of, tmp_path):
+    """Each ends elsewhere; shift is the default."""
+    found = {}
+    for augmentation in ("default", "shift", "crop", "none"):
+        given = {} if augmentation == "default" else {"augmentation": augmentation}
+        train("train_cifar", scheme="classifier", learning_rate=0.1, out_dir=tmp_path / augmentation, **given)
+        found[augmentation] = weights_of(tmp_path / augmentation)[CLASSIFIER[0]]
+    assert torch.equal(found["default"], found["shift"])
+    for one, other in (("shift", "crop"), ("shift", "none"), ("crop", "none")):
+        assert not torch.equal(found[one], found[other])
+
+
 # ---- compiled, and in other precisions
 
 

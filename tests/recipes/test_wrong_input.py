@@ -18,36 +18,6 @@ EXPANSION, EARLY = "features.17.conv.0.0", "features.2.conv.0.0"
 SCHEME = {"network": NETWORK, "bias_depth": 3, "weights": {EXPANSION: 0.5}}
 
 
-def all_files(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An own current folder."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
-
-
-@pytest.fixture
-def refused(command, here):
-    """Asserts that a recipe refuses these words with one line, which matches, and writes nothing; returns the line."""
-
-    def check(message, recipe, *words):
-        before = all_files(here)
-        ended = command(recipe, *words)
-        assert ended.status == 2
-        assert ended.output == ""
-        assert ended.errors.startswith(f"{recipe}.py: error: ")
-        assert ended.errors.count("\n") == 1
-        assert re.search(message, ended.errors), ended.errors
-        assert all_files(here) == before
-        return ended.errors
-
-    return check
-
-
 @pytest.fixture
 def cifar_words(tiny_run, as_words):
     """A run of ``train_cifar`` that would end well."""
@@ -295,6 +265,9 @@ def test_broken_image_is_one_line_too(command, folder_words, tiny_images, here):
         (["--width", "nan"], "width is nan: give a number"),
         (["--optimizer", "lion"], "optimizer.*lion"),
         (["--classes", "20"], "classes is 20: give one of 10, 100"),
+        (["--augmentation", "flip"], "augmentation is flip: give one of 'none', 'shift', 'crop'"),
+        (["--validation_fraction", "1"], r"a held-out fraction of 1\.0 splits nothing: give one such as 0\.1"),
+        (["--validation_fraction", "-0.1"], r"a held-out fraction of -0\.1 splits nothing"),
         (["--allow_oversize", "maybe"], "allow_oversize.*maybe"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--mcu.reserve_bytes", "3"], "mcu.*reserve_bytes"),
