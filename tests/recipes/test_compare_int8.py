@@ -42,7 +42,8 @@ def arguments():
     """Of a comparison of some seconds."""
     return {
         "data": "digits", "data_options": '{"classes": [0, 1]}', "rows": ROWS, "network": "network.safetensors",
-        "weights": "weights.pth", "resolution": 32, "epochs": 1, "batch_size": 64, "seeds": 1, "logger": "none", "out_dir": "out",
+        "weights": "weights.pth", "width": 0.1, "resolution": 32, "epochs": 1, "batch_size": 64, "seeds": 1,
+        "logger": "none", "out_dir": "out",
     }  # fmt: skip
 
 
