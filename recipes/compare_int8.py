@@ -11,7 +11,6 @@ goes on where it was stopped.
 """
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,19 @@ import torch
 
 from microtune.modules.quantized_files import is_quantized_file
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import write_json
 from microtune.recipes.command_line import check_at_least_one, listed, run
 from microtune.recipes.data_sets import DataName
 from microtune.recipes.networks import FILLING_SCHEMES, MOBILENET_V2, NAMED_SCHEMES, source_of_weights
 from microtune.recipes.paired_trainings import (
     Training,
-    compare,
     draw_comparison,
-    keep_results,
     log_to_wandb,
     opened_folder,
     print_report,
-    train_once,
-    watched,
+    train_and_compare,
 )
 from microtune.recipes.run_folder import LoggerName, new_folder, plain
 from microtune.recipes.training import check_ranges
-from microtune.recipes.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +87,7 @@ def main(
         out_dir: Folder of the comparison; by default a new one below runs/. Where the same comparison was begun, it
             goes on.
     """
-    started, arguments = time.monotonic(), plain(locals())
+    arguments = plain(locals())
     torch.set_num_threads(1)
     check_at_least_one(batch_size=batch_size, seeds=seeds, processes=processes)
     check_ranges(arguments)
@@ -122,21 +116,7 @@ def main(
                 Training(name, seed, size, rate * size, str(folder), of_data | {"weights": source}, of_row)
             )
     with opened_folder(out_dir, arguments):
-        with watched(trainings, "peak", out_dir), Workers(processes) as workers:
-            failures = workers.map(train_once, [one for one in trainings if not one.report_file.exists()])
-        results = keep_results(trainings, "peak", out_dir)
-        failures = [failure for failure in failures if failure]
-        if not results:
-            raise UserError(failures[-1] if failures else "every training was lost with its worker: see above")
-        for failure in failures:
-            log.warning(failure)
-        report = {
-            "memory": "peak",
-            "schemes": compare(results, list(described)),
-            "missing": [f"{one.scheme}, seed {one.seed}" for one in trainings if not one.report_file.exists()],
-            "seconds": time.monotonic() - started,
-        }
-        write_json(out_dir / "report.json", report)
+        results, report = train_and_compare(trainings, "peak", processes, out_dir)
         draw_comparison(report, f"{Path(network).stem} on {data}", out_dir / "comparison.png")
         log_to_wandb(logger, "compare_int8", results, report, out_dir, arguments)
     print_report(report, out_dir)

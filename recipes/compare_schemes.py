@@ -12,7 +12,6 @@ import logging
 import math
 import random
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,27 +32,22 @@ from microtune.modules.simple_schemes import (
 from microtune.modules.training_memory import extra_memory_bytes, extra_memory_per_layer
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import write_json
 from microtune.recipes.command_line import check_at_least_one, listed, run
 from microtune.recipes.data_sets import DataName
 from microtune.recipes.memory_figures import KIB, refuse_oversize, scheme_fits
 from microtune.recipes.networks import DescribedNetwork
 from microtune.recipes.paired_trainings import (
     Training,
-    compare,
     draw_comparison,
-    keep_results,
     log_to_wandb,
     opened_folder,
     print_report,
-    train_once,
-    watched,
+    train_and_compare,
 )
 from microtune.recipes.run_folder import LoggerName, new_folder, plain
 from microtune.recipes.search_setup import Budget, budget_of, load_table, make_problem
 from microtune.recipes.training import check_ranges
 from microtune.recipes.trial_setup import TrialSettings, described_by
-from microtune.recipes.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +172,7 @@ def main(
         out_dir: Folder of the comparison; by default a new one below runs/. Where the same comparison was begun, it
             goes on.
     """
-    started, arguments = time.monotonic(), plain(locals())
+    arguments = plain(locals())
     torch.set_num_threads(1)
     check_at_least_one(batch_size=batch_size, seeds=seeds, processes=processes)
     check_ranges(arguments)
@@ -213,24 +207,11 @@ def main(
         trainings = trainings_of(scheme_files, batch_size, rates, batch_1, out_dir, data_arguments, train_arguments)
         if settings.source == "none":
             log.warning("schemes update little of a network that has learnt nothing: give --weights")
-        with watched(trainings, memory, out_dir), Workers(processes) as workers:
-            missing = [training for training in trainings if not training.report_file.exists()]
-            failures = workers.map(train_once, missing)
-        rows = keep_results(trainings, memory, out_dir)
-        failures = [failure for failure in failures if failure]
-        if not rows:
-            raise UserError(failures[-1] if failures else "every training was lost with its worker: see above")
-        for failure in failures:
-            log.warning(failure)
-        report = {
-            "memory": budget.memory,
+        budget_figures = {
             "budget_bytes": budget.size_bytes,
             "mcu": budget.microcontroller and budget.microcontroller.name,
-            "schemes": compare(rows, list(dict.fromkeys(training.scheme for training in trainings))),
-            "missing": [f"{one.scheme}, seed {one.seed}" for one in trainings if not one.report_file.exists()],
-            "seconds": time.monotonic() - started,
         }
-        write_json(out_dir / "report.json", report)
+        rows, report = train_and_compare(trainings, memory, processes, out_dir, budget_figures)
         draw_comparison(report, f"{described.name} on {data}, within {budget}", out_dir / "comparison.png")
         log_to_wandb(logger, "compare_schemes", rows, report, out_dir, arguments)
     print_report(report, out_dir)

@@ -31,12 +31,13 @@ from microtune.datamodules.progress import progress_bar
 from microtune.modules.scheme_search import Memory
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_file
+from microtune.modules.whole_files import whole_file, write_json
 from microtune.recipes.data_sets import data_module
 from microtune.recipes.memory_figures import KIB
 from microtune.recipes.run_folder import LoggerName, make_loggers, wandb_run
 from microtune.recipes.shared_folder import CLAIMS, open_shared_folder
 from microtune.recipes.training import train
+from microtune.recipes.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +212,45 @@ def keep_results(trainings: Sequence[Training], memory: Memory, out_dir: Path) -
     with whole_file(out_dir / "results.csv") as partial:
         partial.write_text(text.getvalue(), encoding="utf-8")
     return rows
+
+
+def train_and_compare(
+    trainings: Sequence[Training],
+    memory: Memory,
+    processes: int,
+    out_dir: Path,
+    further: dict[str, Any] | None = None,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Does the trainings that are not done yet; returns all that are, and what ``report.json`` says of them.
+
+    Args:
+        trainings: All, done or not; the others are compared with what the first one trains.
+        memory: Which memory of a training step is told.
+        processes: Trainings that run at once, one thread each.
+        out_dir: Of the comparison, opened.
+        further: For the report.
+
+    Raises:
+        UserError: Nothing was trained.
+    """
+    started = time.monotonic()
+    with watched(trainings, memory, out_dir), Workers(processes) as workers:
+        failures = workers.map(train_once, [training for training in trainings if not training.report_file.exists()])
+    rows = keep_results(trainings, memory, out_dir)
+    failures = [failure for failure in failures if failure]
+    if not rows:
+        raise UserError(failures[-1] if failures else "every training was lost with its worker: see above")
+    for failure in failures:
+        log.warning(failure)
+    report = {
+        "memory": memory,
+        **(further or {}),
+        "schemes": compare(rows, list(dict.fromkeys(training.scheme for training in trainings))),
+        "missing": [f"{one.scheme}, seed {one.seed}" for one in trainings if not one.report_file.exists()],
+        "seconds": time.monotonic() - started,
+    }
+    write_json(out_dir / "report.json", report)
+    return rows, report
 
 
 def compare(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:

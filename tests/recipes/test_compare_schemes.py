@@ -463,7 +463,7 @@ def test_lost_and_failed_trainings_are_missing(arguments, pretended, command, wo
         return 0.5 if "seed1" in folder else 0.75
 
     pretended.of = diverges
-    monkeypatch.setattr(compare_schemes, "Workers", Workers)
+    monkeypatch.setattr(paired_trainings, "Workers", Workers)
     ended = command(RECIPE, *words, "--processes", 2, "--out_dir", tmp_path / "out")
     assert ended.status == 0, ended.errors
     report = json.loads((tmp_path / "out/report.json").read_text())
