@@ -23,7 +23,7 @@ from microtune.modules.simple_schemes import is_expanding
 from microtune.modules.training_memory import extra_memory_bytes
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes import compare_schemes, train_cifar
+from microtune.recipes import compare_schemes, paired_trainings, train_cifar
 from microtune.recipes.compare_schemes import Judge, named_files, random_schemes, ruled
 from microtune.recipes.memory_figures import scheme_fits
 from microtune.recipes.networks import describe_network
