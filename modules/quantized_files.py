@@ -50,8 +50,11 @@ def write_quantized_network(path: str | Path, graph: QuantizedGraph, tensors: Ma
         raise UserError(f"{path}: the file of an int8 network ends in {SUFFIX}: give such a name")
     _check_tensors(path, graph, tensors)
     metadata = {"format": FORMAT, "version": VERSION, "graph": graph.to_json()}
-    # a copy each: safetensors writes no views, and of tensors in shared memory neither
-    content = save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, metadata)
+    # a copy each: safetensors writes no views, no tensors in shared memory and none in PyTorch's channels_last order
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    content = save(plain, metadata)
     with whole_file(path) as partial:
         partial.write_bytes(_with_sorted_header(content))
 

@@ -12,6 +12,7 @@ from microtune.datamodules.image_folder import ImageFolder
 from microtune.datamodules.imagenet import ImageNet
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
+from microtune.modules.quantized_files import is_quantized_file
 from microtune.modules.user_error import UserError
 from microtune.recipes.networks import normalization_of
 
@@ -66,7 +67,7 @@ def data_module(
         arguments = {"augment": True} | arguments
     if name not in SPEECH:
         arguments["resolution"] = resolution
-    if name not in (*SPEECH, *WITHOUT_FILES):
+    if name not in (*SPEECH, *WITHOUT_FILES) or (name == "digits" and is_quantized_file(weights)):
         arguments["normalization"] = normalization_of(weights)
     if name in ("cifar10", "cifar100"):
         arguments["classes"] = int(name.removeprefix("cifar"))

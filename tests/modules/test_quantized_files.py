@@ -249,3 +249,14 @@ def test_the_suffix_tells_a_quantized_file(tmp_path):
     assert is_quantized_file(tmp_path / "network.safetensors")
     for other in ("none", "torchvision", "network.pkl", "safetensors", "network.safetensors.ckpt"):
         assert not is_quantized_file(other)
+
+
+def test_tensors_in_another_memory_order_are_written(small_graph, small_tensors, tmp_path):
+    """A network in PyTorch's ``channels_last`` order has such weights."""
+    other = {
+        name: tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+        for name, tensor in small_tensors.items()
+    }
+    for name, tensors in (("plain", small_tensors), ("other", other)):
+        write_quantized_network(tmp_path / f"{name}.safetensors", small_graph, tensors)
+    assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
