@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from microtune.modules import subtensor
 from microtune.modules.subtensor import MaskedReLU, SubTensorConv2d, by_input_channel, has_subtensor_version
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -300,3 +301,16 @@ def test_a_layer_with_hooks_keeps_them_and_is_not_replaced():
     assert has_subtensor_version(convolution)
     convolution.register_forward_hook(lambda *_: None)
     assert not has_subtensor_version(convolution)
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (8, 2)])
+def test_input_gradient_keeps_the_memory_order(order, groups, stride):
+    """``torch.nn.grad.conv2d_input`` loses ``channels_last``, and with it most of the speed of what follows."""
+    weight = torch.randn(8, 8 // groups, 3, 3)
+    gradient = torch.randn(2, 8, 6 // stride, 6 // stride).contiguous(memory_format=order)
+    settings = ((stride, stride), (1, 1), (1, 1), groups)
+    found = subtensor._input_gradient(torch.Size((2, 8, 6, 6)), weight, gradient, settings)
+    assert found.is_contiguous(memory_format=order)
+    expected = torch.nn.grad.conv2d_input((2, 8, 6, 6), weight, gradient, *settings)
+    torch.testing.assert_close(found, expected)
