@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from microtune.modules.quantized_files import is_quantized_file
+from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.command_line import check_at_least_one, listed, run
 from microtune.recipes.data_sets import DataName
@@ -133,13 +134,25 @@ def described_rows(rows: str, batch_size: int) -> dict[str, tuple[str, str, int]
     described: dict[str, tuple[str, str, int]] = {}
     for row in listed(rows):
         way, scheme, size = described_row(row, batch_size)
-        name = f"{way}, {Path(scheme).stem}" + (f", batch {size}" if size != batch_size else "")
+        name = f"{way}, {short_name(scheme)}" + (f", batch {size}" if size != batch_size else "")
         if name in described:
             raise UserError(f"two rows have the name {name!r}: leave one out, or give its scheme another file name")
         described[name] = way, scheme, size
     if not described:
         raise UserError("there is nothing to compare: give --rows such as float:full,in_place:full")
     return described
+
+
+def short_name(scheme: str) -> str:
+    """Of a scheme's file, without the network that it is for, which all rows have in common.
+
+    Example::
+
+        short_name("recipes/schemes/mobilenet_v2-w0.35_lin2022_99kb.json")  # "lin2022_99kb"
+    """
+    if scheme in NAMED_SCHEMES:
+        return scheme
+    return Path(scheme).stem.removeprefix(f"{UpdateScheme.load(scheme).network}_")
 
 
 def described_row(row: str, batch_size: int) -> tuple[str, str, int]:

@@ -307,7 +307,7 @@ def draw_comparison(report: dict[str, Any], title: str, path: Path) -> None:
         axes.plot([place] * len(values), values, ".", color="tab:blue", alpha=0.6, label="" if place else "a seed")
         mean = [entry["top1_mean"] * 100]
         axes.plot([place], mean, "_", color="black", markersize=22, label="" if place else "mean")
-    ticks = [f"{entry['scheme']}\n{entry['memory_bytes_mean'] / KIB:.1f} KiB" for entry in trained]
+    ticks = ["\n".join([*one["scheme"].split(", "), f"{one['memory_bytes_mean'] / KIB:.1f} KiB"]) for one in trained]
     axes.set_xticks(range(len(trained)), ticks, fontsize=8)
     axes.margins(x=0.1, y=0.1)
     axes.set(ylabel="top-1 on the test split, %", title=title)

@@ -15,7 +15,7 @@ from microtune.modules.quantized_files import write_quantized_network
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes import compare_int8
-from microtune.recipes.compare_int8 import described_row, described_rows
+from microtune.recipes.compare_int8 import described_row, described_rows, short_name
 
 RECIPE = "compare_int8"
 ROWS = "float:full,in_place:scheme.json,unscaled:classifier:32"
@@ -258,3 +258,11 @@ def test_network_that_is_not_there(command, words, here):
     ended = command(RECIPE, *words, "--network", "nowhere.safetensors", "--rows", "latent:full")
     assert ended.status == 2
     assert "nowhere.safetensors: there is no such file: make one with" in ended.errors.splitlines()[-1]
+
+
+def test_rows_leave_out_the_network_that_all_are_for(tmp_path):
+    UpdateScheme("some_net-w0.35", bias_depth=2).save(tmp_path / "some_net-w0.35_small.json")
+    UpdateScheme("some_net-w0.35", bias_depth=2).save(tmp_path / "other.json")
+    assert short_name(str(tmp_path / "some_net-w0.35_small.json")) == "small"
+    assert short_name(str(tmp_path / "other.json")) == "other"
+    assert short_name("full") == "full"
