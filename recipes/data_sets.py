@@ -14,7 +14,7 @@ from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.quantized_files import is_quantized_file
 from microtune.modules.user_error import UserError
-from microtune.recipes.networks import normalization_of
+from microtune.recipes.networks import input_shape_of, normalization_of
 
 DataName = Literal["digits", "cifar10", "cifar100", "image_folder", "imagenet", "speech_commands", "mswc"]
 CLASSES: dict[str, type[LightningDataModule]] = {
@@ -67,7 +67,9 @@ def data_module(
         arguments = {"augment": True} | arguments
     if name not in SPEECH:
         arguments["resolution"] = resolution
-    if name not in (*SPEECH, *WITHOUT_FILES) or (name == "digits" and is_quantized_file(weights)):
+    # the digits are grey, and as any network in floating point takes them
+    of_digits = name == "digits" and is_quantized_file(weights) and input_shape_of(weights)[0] == 1
+    if name not in (*SPEECH, *WITHOUT_FILES) or of_digits:
         arguments["normalization"] = normalization_of(weights)
     if name in ("cifar10", "cifar100"):
         arguments["classes"] = int(name.removeprefix("cifar"))

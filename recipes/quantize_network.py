@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from microtune.datamodules.reproducible_order import seeded_torch
+from microtune.modules.activation_ranges import RangeEstimator
 from microtune.modules.classifier import Classifier
 from microtune.modules.mobilenet_v2 import KERAS_SUFFIXES
 from microtune.modules.post_training_quantization import (
-    RangeEstimator,
     calibrate,
     quantize_after_training,
     renormalized,

@@ -13,16 +13,18 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from microtune.datamodules.image_folder import ImageFolder
-from microtune.modules.batch_norm_folding import fold_batch_norm
-from microtune.modules.mobilenet_v2 import NORMALIZATION, load_weights, mobilenet_v2
-from microtune.modules.post_training_quantization import (
+from microtune.modules.activation_ranges import (
     BINS,
     PARTS,
     Histogram,
-    calibrate,
     estimated_quantization,
     mean_squared_errors,
     quantization_of_range,
+)
+from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.mobilenet_v2 import NORMALIZATION, load_weights, mobilenet_v2
+from microtune.modules.post_training_quantization import (
+    calibrate,
     quantize_after_training,
     renormalized,
     weight_scales,

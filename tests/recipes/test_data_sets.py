@@ -10,6 +10,7 @@ from microtune.datamodules.digits import Digits
 from microtune.datamodules.image_folder import ImageFolder
 from microtune.datamodules.keyword_audio import KeywordFrontEnd
 from microtune.modules.mobilenet_v2 import NORMALIZATION
+from microtune.modules.quantized_files import write_quantized_network
 from microtune.modules.user_error import UserError
 from microtune.recipes.data_sets import CLASSES, OWN, SPEECH, DataName, data_module
 
@@ -162,3 +163,10 @@ def test_arguments_of_image_folder_that_it_needs_are_given(make):
     default = inspect.signature(ImageFolder.__init__).parameters
     for name in ("batch_size", "seed", "resolution"):
         assert getattr(data, name) != default[name].default
+
+
+def test_digits_go_by_an_int8_network_of_grey_images_only(small_graph, small_tensors, tmp_path):
+    """Of one for colours it is said elsewhere that it takes other channels, and not that its normalization is wrong."""
+    write_quantized_network(tmp_path / "colours.safetensors", small_graph, small_tensors)
+    data = data_module("digits", None, str(tmp_path / "colours.safetensors"), 32, 16, 0)
+    assert data.normalization == ((0.5,), (0.5,))
