@@ -82,7 +82,7 @@ def main(
         learning_rate: At its highest, for batch_size; by default 0.1 / 256 x batch_size (Lin et al.).
         warmup_fraction: Part of all steps in which the learning rate rises; then it falls to zero as a cosine.
         seeds: Trainings of each row.
-        mcu: Microcontroller that schemes given by name shall fit.
+        mcu: Microcontroller whose budget the reports of the trainings stand beside; nothing is refused.
         processes: Trainings that run at once, one thread each.
         logger: Of the summary: wandb (offline unless you are logged in), csv or none.
         out_dir: Folder of the comparison; by default a new one below runs/. Where the same comparison was begun, it
