@@ -1,59 +1,90 @@
 """Which input channels of a layer's weight are updated, where the scheme only says how many."""
 
-from typing import Literal
-from zlib import crc32
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
+from microtune.modules.channel_importance import (
+    WITHOUT_DATA,
+    ChannelImportance,
+    Criterion,
+    random_scores,
+    weight_norm_scores,
+)
 from microtune.modules.operations import Convolution
-from microtune.modules.subtensor import by_input_channel
+from microtune.modules.subtensor import SubTensorConv2d
 from microtune.modules.update_scheme import UpdateScheme
 
-ChannelChoice = Literal["weight_norm", "random"]
 
+def highest_channels(scores: Tensor, count: int) -> list[int]:
+    """The ``count`` channels with the highest scores, sorted; of equal scores the first win.
 
-def channels_by_weight_norm(weight: Tensor, groups: int, count: int) -> list[int]:
-    """The ``count`` input channels with the largest L2 norm of their weights (Lin et al. 2022, section 2.2), sorted.
+    Example::
 
-    Args:
-        weight: Of a convolution, of shape (out, in / groups, kernel height, kernel width). Of an int8 one these are
-            integers, without their scales, as in the paper's code.
-        groups: Of the convolution.
-        count: How many; of equal norms the first win.
+        highest_channels(torch.tensor([0.5, 2.0, 1.0]), 2)  # [1, 2]
     """
-    norms = by_input_channel(weight.detach(), groups).flatten(2).double().norm(dim=2).flatten()
-    return sorted(norms.sort(descending=True, stable=True).indices[:count].tolist())
-
-
-def channels_at_random(layer: str, in_channels: int, count: int, seed: int) -> list[int]:
-    """``count`` input channels drawn evenly, sorted; a function of the layer's name and the seed alone."""
-    # PyTorch's generator for the CPU reads only the lower 32 bits of its seed
-    generator = torch.Generator().manual_seed(crc32(f"{layer} {seed}".encode()))
-    return sorted(torch.randperm(in_channels, generator=generator)[:count].tolist())
+    return sorted(scores.sort(descending=True, stable=True).indices[:count].tolist())
 
 
 def choose_channels(
     network: nn.Module,
     scheme: UpdateScheme,
-    convolutions: tuple[Convolution, ...],
-    choice: ChannelChoice = "weight_norm",
+    convolutions: Sequence[Convolution],
+    choice: Criterion = "weight_norm",
     seed: int = 0,
+    importance: ChannelImportance | None = None,
 ) -> dict[str, list[int]]:
-    """The updated input channels of every layer of ``scheme.weights``: those that it fixes, else by ``choice``.
+    """The updated input channels of every layer of ``scheme.weights``: those that it fixes, else the highest scores.
+
+    Args:
+        network: Whose weights ``weight_norm`` reads.
+        scheme: How many of which layers.
+        convolutions: The network's.
+        choice: By which score.
+        seed: Of ``random``.
+        importance: Measured on the layers that ``to_be_chosen`` names; needed where the choice is by data.
 
     Example::
 
         choose_channels(network, scheme, find_operations(network, (3, 96, 96)).convolutions, "random", seed=1)
     """
-    channels = {}
+    fixed = {layer: sorted(indexes) for layer, indexes in scheme.channels.items()}
+    measured = None if choice in WITHOUT_DATA else importance.scores(choice)
+    chosen = {}
     for convolution in convolutions:
-        count = scheme.updated_channels(convolution)
-        if convolution.name in scheme.channels:
-            channels[convolution.name] = sorted(scheme.channels[convolution.name])
-        elif count and choice == "weight_norm":
-            weight = network.get_submodule(convolution.name).weight
-            channels[convolution.name] = channels_by_weight_norm(weight, convolution.groups, count)
+        name, count = convolution.name, scheme.updated_channels(convolution)
+        if name in fixed:
+            chosen[name] = fixed[name]
+        elif count == convolution.in_channels:
+            chosen[name] = list(range(count))
         elif count:
-            channels[convolution.name] = channels_at_random(convolution.name, convolution.in_channels, count, seed)
-    return channels
+            chosen[name] = highest_channels(_scores(network, convolution, choice, seed, measured), count)
+    return chosen
+
+
+def seed_at_step(seed: int, step: int) -> int:
+    """Seed of a random choice that is made before an optimizer step; before the first one it is ``seed`` itself."""
+    return seed if step == 0 else seed * 1_000_003 + step
+
+
+def to_be_chosen(scheme: UpdateScheme, convolutions: Sequence[Convolution]) -> list[Convolution]:
+    """The convolutions of which some channels, but not all, are updated and the scheme does not fix which."""
+    return [
+        convolution
+        for convolution in convolutions
+        if convolution.name not in scheme.channels
+        and 0 < scheme.updated_channels(convolution) < convolution.in_channels
+    ]
+
+
+def _scores(
+    network: nn.Module, convolution: Convolution, choice: Criterion, seed: int, measured: Mapping[str, Tensor] | None
+) -> Tensor:
+    if measured is not None:
+        return measured[convolution.name]
+    if choice == "random":
+        return random_scores(convolution.name, convolution.in_channels, seed)
+    module = network.get_submodule(convolution.name)
+    if isinstance(module, SubTensorConv2d):
+        module.write_slice()  # what training has made of it since the last forward pass
+    return weight_norm_scores(module.weight, convolution.groups)

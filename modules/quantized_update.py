@@ -59,7 +59,7 @@ def quantized_parameters(network: nn.Module) -> list[QuantizedParameter]:
     found = []
     for name, module, layer in int8_convolutions(network):
         scales = layer.weight_scales
-        near_zero = scales < NEAR_ZERO * scales.median()
+        near_zero = near_zero_scales(scales)
         if layer is module and module.weight.requires_grad:
             shaped = (values.view(-1, 1, 1, 1) for values in (scales, near_zero))
             found.append(QuantizedParameter(name, module.weight, *_weight(*shaped), int(near_zero.sum())))
@@ -72,6 +72,11 @@ def quantized_parameters(network: nn.Module) -> list[QuantizedParameter]:
             bias_scale = scales * layer.description.input.scale
             found.append(QuantizedParameter(name, module.bias, bias_scale, (-BIAS_LIMIT, BIAS_LIMIT)))
     return found
+
+
+def near_zero_scales(scales: Tensor) -> Tensor:
+    """Which of a layer's weight scales (out,) are near zero, so that their weights are not trained."""
+    return scales < NEAR_ZERO * scales.median()
 
 
 def _weight(scale: Tensor, near_zero: Tensor) -> tuple[Tensor, tuple[int, int], Tensor]:
