@@ -55,13 +55,17 @@ class Int8Weights(Callback):
         network = find_network(pl_module, self.network)
         if next(int8_convolutions(network), None) is None:
             raise UserError("there are no int8 weights: the network has no int8 convolution; leave Int8Weights out")
-        self.parameters = quantized_parameters(network)
+        self.channels_moved(pl_module)
         # not at random, which a run that is resumed would do once more
         if self.storage == "in_place":
             make_whole(network)
         keep_in_range(self.parameters)
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(lambda *_: self.after_step())
+
+    def channels_moved(self, pl_module: LightningModule) -> None:
+        """Finds what is trained, whose scales depend on the channels; ``SparseUpdate`` calls it when it moves them."""
+        self.parameters = quantized_parameters(find_network(pl_module, self.network))
 
     def after_step(self) -> None:
         """Limits what is trained to its integers, and rounds it if there are no copies."""

@@ -83,9 +83,13 @@ class QuantizationAwareScaling(Callback):
         network = find_network(pl_module, self.network)
         if next(int8_convolutions(network), None) is None:
             raise UserError("quantization-aware scaling is for int8 networks, and this one has no int8 convolution")
-        self.parameters = quantized_parameters(network)
-        self.near_zero = {one.layer: one.near_zero_channels for one in self.parameters if one.near_zero_channels}
+        self.channels_moved(pl_module)
         rank_zero_info(f"quantization-aware scaling of {len(self.parameters)} parameters{self._left_alone()}")
+
+    def channels_moved(self, pl_module: LightningModule) -> None:
+        """Finds what is trained, whose scales depend on the channels; ``SparseUpdate`` calls it when it moves them."""
+        self.parameters = quantized_parameters(find_network(pl_module, self.network))
+        self.near_zero = {one.layer: one.near_zero_channels for one in self.parameters if one.near_zero_channels}
 
     def _left_alone(self) -> str:
         if not self.near_zero:

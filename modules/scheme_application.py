@@ -1,6 +1,6 @@
 """Puts an update scheme into a network, and takes it out again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -112,6 +112,60 @@ class AppliedScheme:
                 self._masks[name] = _GradientMask(layer, indexes)
         self.channels = channels
 
+    def move_channels(self, channels: dict[str, list[int]], optimizers: Sequence[torch.optim.Optimizer]) -> int:
+        """Takes other channels of layers in training, and moves the optimizers' state of their weights with them.
+
+        Channels that stay keep their state, those that enter begin with zeros, and those that leave are frozen as they
+        are, their state dropped. State that is no tensor of the weight's shape, such as Adam's step, is left alone.
+        Pending gradients of these weights are dropped. Of int8 layers what leaves is rounded: it goes where the frozen
+        weights are, which has no room for copies in floating point.
+
+        Args:
+            channels: The input channels that are updated from now on, as many as before; layers not named keep theirs.
+            optimizers: Those that train the network.
+
+        Returns:
+            How many channels entered.
+
+        Raises:
+            UserError: A layer would update another number of channels than before.
+
+        Example::
+
+            applied.move_channels({"features.16.conv.0.0": [0, 3, 7]}, trainer.optimizers)
+        """
+        for name, indexes in channels.items():
+            before = len(self.channels.get(name, ()))
+            if len(set(indexes)) != before:
+                raise UserError(
+                    f"{name} updates {before} channels and would update {len(set(indexes))}: a move keeps their "
+                    "number; start anew under a scheme with another update ratio"
+                )
+        entered = 0
+        for name, indexes in channels.items():
+            layer = self.network.get_submodule(name)
+            entered += len(set(indexes) - set(self.channels.get(name, ())))
+            if isinstance(layer, SubTensorConv2d):
+                old = layer.channels
+                layer.move_channels(indexes)
+                for tensor in _state_tensors(layer.weight_slice, optimizers):
+                    _move_rows(tensor, old, layer.channels)
+                layer.weight_slice.grad = None
+            elif name in self._masks:
+                not_staying = self._masks[name].move(indexes)
+                for tensor in _state_tensors(layer.weight, optimizers):
+                    tensor.masked_fill_(not_staying.to(tensor.device), 0)
+                layer.weight.grad = None
+            _round_if_int8(layer, sorted(set(self.channels.get(name, ())) - set(indexes)))
+        self.channels = self.channels | {name: sorted(indexes) for name, indexes in channels.items()}
+        return entered
+
+    def write_slices(self) -> None:
+        """Writes what was trained into the full weights, as every forward pass and ``state_dict`` do."""
+        for module in self.network.modules():
+            if isinstance(module, SubTensorConv2d):
+                module.write_slice()
+
     def restore_frozen(self) -> None:
         """Undoes what an optimizer's step did to masked entries."""
         for mask in self._masks.values():
@@ -136,15 +190,26 @@ class _GradientMask:
 
     def __init__(self, layer: nn.Conv2d, channels: list[int]):
         self.layer = layer
-        self.updated = torch.zeros_like(layer.weight, dtype=torch.bool)
-        groups, group_channels = layer.groups, layer.weight.shape[1]
-        index = torch.tensor(channels)
-        by_input_channel(self.updated, groups)[index // group_channels, index % group_channels] = True
+        self.updated = self._entries_of(channels)
         self.frozen: Tensor | None = None
         self.hooks = [
             layer.weight.register_hook(self._mask),
             layer.register_load_state_dict_post_hook(lambda *_: setattr(self, "frozen", None)),
         ]
+
+    def _entries_of(self, channels: list[int]) -> Tensor:
+        entries = torch.zeros_like(self.layer.weight, dtype=torch.bool)
+        groups, group_channels = self.layer.groups, self.layer.weight.shape[1]
+        index = torch.tensor(channels)
+        by_input_channel(entries, groups)[index // group_channels, index % group_channels] = True
+        return entries
+
+    def move(self, channels: list[int]) -> Tensor:
+        """Lets other channels be updated; returns where the weight is not updated both before and after."""
+        self.restore_frozen()
+        before, self.updated = self.updated, self._entries_of(channels)
+        self.frozen = None  # what leaves keeps its trained value, which the next backward pass will find
+        return ~(before.to(self.updated.device) & self.updated)
 
     def _mask(self, gradient: Tensor) -> Tensor:
         # remembered only now: until the first step, DDP, a precision or a checkpoint may give the layer other weights
@@ -162,6 +227,35 @@ class _GradientMask:
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def _state_tensors(parameter: nn.Parameter, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[Tensor]:
+    """What the optimizers hold for every element of a parameter, such as momentum."""
+    for optimizer in optimizers:
+        # asked first: looking up a parameter without state would make it one
+        for value in optimizer.state[parameter].values() if parameter in optimizer.state else ():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                yield value
+
+
+def _round_if_int8(layer: nn.Conv2d | SubTensorConv2d, channels: list[int]) -> None:
+    """Rounds the weights of some input channels of an int8 layer, which computes the same with them."""
+    convolution = layer.convolution[0] if isinstance(layer, SubTensorConv2d) else layer
+    if isinstance(convolution, QuantizedConv2d) and channels:
+        weight = by_input_channel(layer.weight.detach(), layer.groups)
+        index = torch.tensor(channels, device=weight.device)
+        places = (index // weight.shape[1], index % weight.shape[1])
+        weight[places] = weight[places].round()
+
+
+def _move_rows(tensor: Tensor, old: list[int], new: list[int]) -> None:
+    """Puts the row of every channel in ``old`` where the channel is in ``new``; rows of others become zero."""
+    rows = [(old.index(channel), row) for row, channel in enumerate(new) if channel in old]
+    moved = torch.zeros_like(tensor)
+    if rows:
+        before, after = (list(of_all) for of_all in zip(*rows, strict=True))
+        moved[after] = tensor[before]
+    tensor.copy_(moved)
 
 
 def refuse_computed_weights(network: nn.Module, convolutions: Sequence[Convolution]) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from microtune.modules.quantized_layers import QuantizedConv2d, saturate, where_not
+from microtune.modules.user_error import UserError
 
 
 def by_input_channel(weight: Tensor, groups: int) -> Tensor:
@@ -79,6 +80,37 @@ class SubTensorConv2d(nn.Module):
         """Takes other channels to be trained, with the weights they have now; the parameter is a new one."""
         if self.weight_slice is not None:
             self.write_slice()
+        self._set_indexes(channels)
+        self.weight_slice = nn.Parameter(self._read_slice(self.weight)) if channels else None
+
+    def move_channels(self, channels: list[int]) -> None:
+        """Takes other channels to be trained, as many as now, with the weights they have now.
+
+        The parameter is the same one, which an optimizer and DDP go on holding, with other rows: the channels, sorted.
+
+        Args:
+            channels: Indexes of the input channels.
+
+        Raises:
+            UserError: They are not as many as now.
+
+        Example::
+
+            layer = SubTensorConv2d(nn.Conv2d(16, 32, 1), channels=[3, 5])
+            layer.move_channels([4, 5])
+        """
+        if len(set(channels)) != len(self.channels):
+            raise UserError(
+                f"{len(set(channels))} channels cannot take the place of {len(self.channels)}, whose number a move "
+                "keeps: give as many"
+            )
+        self.write_slice()
+        self._set_indexes(sorted(channels))
+        if self.weight_slice is not None:
+            with torch.no_grad():
+                self.weight_slice.copy_(self._read_slice(self.weight))
+
+    def _set_indexes(self, channels: list[int]) -> None:
         self.channels = list(channels)
         index = torch.tensor(self.channels, dtype=torch.long, device=self.weight.device)
         group_channels = self.weight.shape[1]
@@ -86,7 +118,6 @@ class SubTensorConv2d(nn.Module):
         self.channel_index = index
         self.group_index = index // group_channels
         self.index_in_group = index % group_channels
-        self.weight_slice = nn.Parameter(self._read_slice(self.weight)) if channels else None
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubTensorConv2d":
         """Moves the indexes too where the layer moves to another device."""

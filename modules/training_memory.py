@@ -7,10 +7,13 @@ import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
+from microtune.modules.channel_choice import to_be_chosen
+from microtune.modules.channel_importance import WITHOUT_DATA, Criterion
 from microtune.modules.operations import Convolution, NetworkOperations, Operation
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
+OF_THE_MEAN_GRADIENT = ("gradient_norm", "loss_decrease")  # a norm of a sum over samples, which has to be summed first
 KEEP_OUTPUT = {"sigmoid", "tanh", "relu"}  # PyTorch's derivatives.yaml; every other activation keeps its input
 
 
@@ -271,3 +274,61 @@ def flash_bytes(operations: NetworkOperations, scheme: UpdateScheme) -> int:
             weights += math.prod(operations.tensors[operation.inputs[0]]) * outputs
             biases += outputs
     return weights + 4 * biases
+
+
+@dataclass(frozen=True)
+class DynamicChoice:
+    """What it takes to choose channels anew on the device, beside the training steps in between.
+
+    Args:
+        score_bytes: The scores in SRAM, 4 bytes per input channel of every layer that chooses; none of a random order.
+        sums_gradients: Whether the gradients of a slice are summed over the samples before they are scored, as in
+            gradient accumulation.
+        flash_bytes: What stays in flash: the frozen weights and biases, and a place for every weight that may leave a
+            slice.
+        moved_bytes_at_most: Weights that one choice can write to flash, 1 byte each: of each layer as many channels as
+            it updates, or all others if these are fewer. Whole blocks that flash erases at once are not counted.
+        scoring_passes: Passes through the network per sample: forward and back, one slice of each layer at a time,
+            until all channels of all layers have had their turn; one forward of the activation norm; none without data.
+    """
+
+    score_bytes: int
+    sums_gradients: bool
+    flash_bytes: int
+    moved_bytes_at_most: int
+    scoring_passes: int
+
+
+def dynamic_choice(
+    operations: NetworkOperations, scheme: UpdateScheme, choice: Criterion = "weight_norm"
+) -> DynamicChoice:
+    """What it takes to choose channels anew on the device, in MCU bytes, in closed form.
+
+    A pass that scores keeps as many channels of each layer as the scheme updates, and so no more than a training step;
+    scores and, of the mean gradient's, sums over the samples are all that come on top.
+
+    Args:
+        operations: The network's.
+        scheme: How many channels of which layers.
+        choice: By which score.
+
+    Raises:
+        UserError: The scheme does not fit the network.
+
+    Example::
+
+        choice = dynamic_choice(operations, scheme, "taylor")
+        PeakMemory(operations).peak_bytes(scheme) + choice.score_bytes
+    """
+    frozen_bytes = flash_bytes(operations, scheme)
+    layers = [(c, scheme.updated_channels(c)) for c in to_be_chosen(scheme, operations.convolutions)]
+    passes = max((math.ceil(c.in_channels / updated) for c, updated in layers), default=0)
+    return DynamicChoice(
+        score_bytes=0 if choice == "random" else 4 * sum(c.in_channels for c, _ in layers),
+        sums_gradients=bool(layers) and choice in OF_THE_MEAN_GRADIENT,
+        flash_bytes=frozen_bytes + sum(updated * c.weight_elements_per_channel for c, updated in layers),
+        moved_bytes_at_most=sum(
+            min(updated, c.in_channels - updated) * c.weight_elements_per_channel for c, updated in layers
+        ),
+        scoring_passes=0 if choice in WITHOUT_DATA else min(passes, 1) if choice == "activation_norm" else passes,
+    )

@@ -7,10 +7,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import nn
 
+from microtune.modules.channel_importance import Criterion
 from microtune.modules.microcontrollers import Fit, Microcontroller
 from microtune.modules.peak_memory import CATEGORIES, PeakMemory, Timeline, largest_resolution_that_fits
 from microtune.modules.training_memory import (
     autograd_bytes_per_sample,
+    dynamic_choice,
     extra_memory_bytes,
     extra_memory_per_layer,
     flash_bytes,
@@ -23,30 +25,58 @@ from microtune.modules.whole_files import whole_file
 KIB = 1024
 
 
-def scheme_fits(peak_memory: PeakMemory, scheme: UpdateScheme, microcontroller: Microcontroller) -> bool:
-    """Whether one training step under the scheme fits the microcontroller."""
-    return fit_of(peak_memory, scheme, microcontroller).fits
+def scheme_fits(
+    peak_memory: PeakMemory,
+    scheme: UpdateScheme,
+    microcontroller: Microcontroller,
+    rechosen_by: Criterion | None = None,
+) -> bool:
+    """Whether training under the scheme fits the microcontroller."""
+    return fit_of(peak_memory, scheme, microcontroller, rechosen_by).fits
 
 
-def fit_of(peak_memory: PeakMemory, scheme: UpdateScheme, microcontroller: Microcontroller) -> Fit:
-    """What one training step under the scheme needs, beside what the microcontroller has."""
-    return Fit(microcontroller, peak_memory.peak_bytes(scheme), flash_bytes(peak_memory.operations, scheme))
+def fit_of(
+    peak_memory: PeakMemory,
+    scheme: UpdateScheme,
+    microcontroller: Microcontroller,
+    rechosen_by: Criterion | None = None,
+) -> Fit:
+    """What training under the scheme needs, beside what the microcontroller has.
+
+    Args:
+        peak_memory: Of the network, with the options of the training.
+        scheme: What is updated.
+        microcontroller: The device.
+        rechosen_by: The score by which the device chooses channels anew in training; by default it does not.
+    """
+    if rechosen_by is None:
+        return Fit(microcontroller, peak_memory.peak_bytes(scheme), flash_bytes(peak_memory.operations, scheme))
+    choice = dynamic_choice(peak_memory.operations, scheme, rechosen_by)
+    # a bound: biases and classifier have no part in the scores, and need no sums
+    summing = replace(peak_memory, gradient_accumulation=peak_memory.gradient_accumulation or choice.sums_gradients)
+    return Fit(microcontroller, summing.peak_bytes(scheme) + choice.score_bytes, choice.flash_bytes)
 
 
 def memory_figures(
-    peak_memory: PeakMemory, scheme: UpdateScheme, microcontroller: Microcontroller
+    peak_memory: PeakMemory,
+    scheme: UpdateScheme,
+    microcontroller: Microcontroller,
+    rechosen_by: Criterion | None = None,
 ) -> dict[str, str | int | float | bool | None]:
-    """Both accounts of memory and the work of one step, as plain values for a report."""
+    """Both accounts of memory and the work of one step, as plain values for a report.
+
+    Where channels are chosen anew, margins and ``fits`` are those of the choice, which needs more than a step.
+    """
     operations = peak_memory.operations
-    fit = fit_of(peak_memory, scheme, microcontroller)
+    fit = fit_of(peak_memory, scheme, microcontroller, rechosen_by)
     unordered = replace(peak_memory, reordering=False)
     work = multiply_accumulates(operations, scheme)
-    return {
+    figures = {
         "mcu": microcontroller.name,
         "budget_bytes": microcontroller.budget_bytes,
         "fits": fit.fits,
         "extra_memory_bytes": extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme),
-        "peak_memory_bytes": fit.peak_bytes,
+        "peak_memory_bytes": peak_memory.peak_bytes(scheme),
         "peak_memory_bytes_without_reordering": unordered.peak_bytes(scheme),
         "classifier_only_peak_bytes": peak_memory.floor_bytes,
         "sram_margin_bytes": fit.sram_margin_bytes,
@@ -56,14 +86,21 @@ def memory_figures(
         "forward_macs": work.forward,
         "backward_macs": work.backward,
     }
+    return figures if rechosen_by is None else figures | {"rechoosing_peak_memory_bytes": fit.peak_bytes}
 
 
 def refuse_oversize(
-    peak_memory: PeakMemory, scheme: UpdateScheme, microcontroller: Microcontroller, network: nn.Module, remedy: str
+    peak_memory: PeakMemory,
+    scheme: UpdateScheme,
+    microcontroller: Microcontroller,
+    network: nn.Module,
+    remedy: str,
+    rechosen_by: Criterion | None = None,
 ) -> None:
-    """Raises ``UserError`` if the step does not fit: what it needs, what there is, what costs most, what would do."""
+    """Raises ``UserError`` if training does not fit: what it needs, what there is, what costs most, what would do."""
     fit = fit_of(peak_memory, scheme, microcontroller)
     if fit.fits:
+        _refuse_oversize_choice(fit_of(peak_memory, scheme, microcontroller, rechosen_by), rechosen_by, remedy)
         return
     if fit.flash_margin_bytes is not None and fit.flash_margin_bytes < 0:
         raise UserError(
@@ -82,6 +119,21 @@ def refuse_oversize(
     raise UserError(
         f"{needs}; the smallest scheme, the classifier only, needs {_kib(peak_memory.floor_bytes)}; most of the extra "
         f"memory goes to {costly}: update fewer channels or layers; {remedy}"
+    )
+
+
+def _refuse_oversize_choice(fit: Fit, rechosen_by: Criterion | None, remedy: str) -> None:
+    """Raises ``UserError`` if choosing channels anew does not fit where a step does."""
+    if fit.fits:
+        return
+    device = fit.microcontroller
+    if fit.sram_margin_bytes < 0:
+        lacking = f"{_kib(fit.peak_bytes)} at its peak, but there are {_kib(device.budget_bytes)}"
+    else:
+        lacking = f"{_kib(fit.flash_bytes)} of flash for what leaves, but there are {_kib(device.flash_bytes)}"
+    raise UserError(
+        f"one training step fits {device.name}, but choosing channels anew by {rechosen_by} needs {lacking}: choose "
+        f"once, or update fewer channels or layers; {remedy}"
     )
 
 

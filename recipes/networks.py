@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from microtune.datamodules.images_in_memory import Normalization
+from microtune.modules.channel_importance import Criterion
 from microtune.modules.microcontrollers import Microcontroller
 from microtune.modules.mobilenet_v2 import (
     NORMALIZATION,
@@ -196,7 +197,11 @@ def describe_quantized_network(path: str, input_shape: tuple[int, int, int], num
 
 
 def scheme_by_name_or_file(
-    scheme: str, described: DescribedNetwork, peak_memory: PeakMemory, microcontroller: Microcontroller
+    scheme: str,
+    described: DescribedNetwork,
+    peak_memory: PeakMemory,
+    microcontroller: Microcontroller,
+    rechosen_by: Criterion | None = None,
 ) -> UpdateScheme:
     """The update scheme that the command line asks for.
 
@@ -206,6 +211,7 @@ def scheme_by_name_or_file(
         described: The network.
         peak_memory: Of the network, with the options of the training.
         microcontroller: The device.
+        rechosen_by: The score by which it chooses channels anew in training; by default it does not.
 
     Raises:
         UserError: The file is no scheme for this network, or nothing fits.
@@ -221,7 +227,7 @@ def scheme_by_name_or_file(
     if scheme == "full":
         return full_update(name, operations)
     if scheme in rules:
-        found = rules[scheme](name, operations, lambda one: scheme_fits(peak_memory, one, microcontroller))
+        found = rules[scheme](name, operations, lambda one: scheme_fits(peak_memory, one, microcontroller, rechosen_by))
         # nothing fits: the smallest scheme says so where it is checked
         return found or classifier_only(name)
     if not Path(scheme).suffix and not Path(scheme).exists():

@@ -18,7 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.modules.batch_norm_folding import fold_batch_norm
-from microtune.modules.channel_choice import ChannelChoice
+from microtune.modules.channel_choice import to_be_chosen
+from microtune.modules.channel_importance import WITHOUT_DATA, Criterion
 from microtune.modules.classifier import Classifier, OptimizerName
 from microtune.modules.microcontrollers import Microcontroller, microcontroller
 from microtune.modules.mobilenet_v2 import build_network, load_weights, weights_are_folded
@@ -77,6 +78,8 @@ RANGES = {
     "gradient_clip_norm": (0, math.inf),
     "ema_decay": (0, 1),
     "num_nodes": (1, math.inf),
+    "rechoose_every": (0, math.inf),
+    "choice_samples": (1, math.inf),
 }
 
 
@@ -109,7 +112,9 @@ def train(
     ema_decay: float | None = None,
     accumulate_batches: int = 1,
     gradient_clip_norm: float | None = None,
-    channel_choice: ChannelChoice = "weight_norm",
+    channel_choice: Criterion = "weight_norm",
+    rechoose_every: int = 0,
+    choice_samples: int = 256,
     method: Method = "sub_tensor",
     gradient_scaling: bool = True,
     weight_storage: WeightStorage = "in_place",
@@ -160,7 +165,12 @@ def train(
             default but for ImageNet from scratch, which has 0.9999, or less if it takes few steps.
         accumulate_batches: Batches whose gradients are summed before a step.
         gradient_clip_norm: Largest norm of the gradient.
-        channel_choice: How a layer's updated channels are chosen: weight_norm or random.
+        channel_choice: By which score a layer's updated channels are chosen where the scheme fixes none, the highest
+            first: weight_norm (the paper's) or random at once; gradient_norm, fisher, taylor, loss_decrease or
+            activation_norm from training samples before the first step.
+        rechoose_every: Steps after which they are chosen anew, by the same score; 0 for never. The device then needs
+            room for the scores too, and flash for all weights.
+        choice_samples: Training samples that a choice is made from.
         method: sub_tensor computes and stores only what is updated, mask is the textbook version.
         gradient_scaling: Of an int8 network, quantization-aware scaling of its gradients; without, it hardly learns.
         weight_storage: Of an int8 network: in_place keeps its weights int8 at every moment, latent keeps copies in
@@ -204,10 +214,15 @@ def train(
         latent_weights=described.is_quantized and weight_storage == "latent",
     )
     update_scheme = None
+    rechosen_by = channel_choice if rechoose_every and not evaluate_only else None
     if not has_batch_norm and not evaluate_only:
-        update_scheme = scheme_that_fits(scheme or "sub_tensor", described, peak_memory, device, allow_oversize)
+        update_scheme = scheme_that_fits(
+            scheme or "sub_tensor", described, peak_memory, device, allow_oversize, rechosen_by
+        )
         if weights == "none":
             log.warning("a scheme updates little of a network that has learnt nothing: give --weights")
+    if not evaluate_only:
+        refuse_unsuited_choice(update_scheme, described, channel_choice, rechoose_every, compile, ema_decay)
 
     seed_everything(seed, verbose=False)
     settings = settings_of(
@@ -244,7 +259,10 @@ def train(
     checkpoints = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [checkpoints]
     if update_scheme is not None:
-        callbacks.append(SparseUpdate(update_scheme, "net", method, channel_choice, seed, described.input_shape))
+        shape = described.input_shape
+        callbacks.append(
+            SparseUpdate(update_scheme, "net", method, channel_choice, seed, shape, rechoose_every, choice_samples)
+        )
     of_int8 = []
     if described.is_quantized and not evaluate_only:
         of_int8 = int8_callbacks(gradient_scaling, weight_storage, seed)
@@ -265,7 +283,7 @@ def train(
     if resume:
         refuse_another_run(out_dir, plain(arguments), update_scheme)
     checkpoints.dirpath = str(out_dir)
-    memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device)
+    memory = keep_run_start(out_dir, arguments, update_scheme, peak_memory, device, rechosen_by)
     forgotten = {} if earlier is None else {"earlier_top1_before": test_quietly(trainer, earlier, earlier_data)}
     loggers = trainer.loggers = make_loggers(logger, out_dir, recipe)
     log_run_start(wandb_run(loggers), plain(arguments), update_scheme, memory, out_dir)
@@ -282,6 +300,8 @@ def train(
         take_trunk(earlier, module)
         forgotten["earlier_top1_after"] = test_quietly(trainer, earlier, earlier_data)
     run = {"epochs": 0 if evaluate_only else epochs, "batch_size": batch_size, "seed": seed}
+    if update_scheme is not None:
+        report |= choice_report(channel_choice, rechoose_every)
     report |= int8_report(of_int8) | forgotten | run | {"seconds": time.monotonic() - started}
     if rank_zero_only.rank == 0:
         if of_int8:
@@ -299,15 +319,49 @@ def scheme_that_fits(
     peak_memory: PeakMemory,
     device: Microcontroller,
     allow_oversize: bool,
+    rechosen_by: Criterion | None = None,
 ) -> UpdateScheme:
     """The scheme of that name or in that file; raises ``UserError`` if it does not fit, unless that is allowed."""
-    update_scheme = scheme_by_name_or_file(scheme, described, peak_memory, device)
+    update_scheme = scheme_by_name_or_file(scheme, described, peak_memory, device, rechosen_by)
     if not allow_oversize:
         remedy = "or give --allow_oversize to train anyway"
-        refuse_oversize(peak_memory, update_scheme, device, described.network, remedy)
-    elif scheme in FILLING_SCHEMES and not scheme_fits(peak_memory, update_scheme, device):
+        refuse_oversize(peak_memory, update_scheme, device, described.network, remedy, rechosen_by)
+    elif scheme in FILLING_SCHEMES and not scheme_fits(peak_memory, update_scheme, device, rechosen_by):
         log.warning("%s takes what fits %s, and nothing does: the classifier alone is updated", scheme, device.name)
     return update_scheme
+
+
+def refuse_unsuited_choice(
+    scheme: UpdateScheme | None,
+    described: DescribedNetwork,
+    channel_choice: Criterion,
+    rechoose_every: int,
+    compile: bool,
+    ema_decay: float | None,
+) -> None:
+    """Raises ``UserError`` where channels cannot be chosen so; early, before there is a folder of the run."""
+    chooses = scheme is not None and bool(to_be_chosen(scheme, described.operations.convolutions))
+    if rechoose_every and not chooses:
+        raise UserError(
+            f"rechoose_every is {rechoose_every}, but there is nothing to choose: give a --scheme that updates some "
+            "channels of layers and does not fix which, such as sub_tensor, or leave it out"
+        )
+    if rechoose_every and compile:
+        raise UserError(
+            f"rechoose_every is {rechoose_every}, and a compiled network would be compiled anew for every choice: "
+            "leave one of them out"
+        )
+    if ema_decay and chooses and (rechoose_every or channel_choice not in WITHOUT_DATA):
+        raise UserError(
+            f"ema_decay is {ema_decay}, and averages slices of weights, whose channels are chosen by data or anew in "
+            "training: leave it out, or choose once by weight_norm or random"
+        )
+
+
+def choice_report(channel_choice: Criterion, rechoose_every: int) -> dict[str, Any]:
+    """How channels were chosen, for the report; nothing where it is by weight norm, once."""
+    report = {} if channel_choice == "weight_norm" else {"channel_choice": channel_choice}
+    return report | ({"channel_choice": channel_choice, "rechoose_every": rechoose_every} if rechoose_every else {})
 
 
 def network_as_it_is_used(
@@ -431,6 +485,7 @@ def keep_run_start(
     scheme: UpdateScheme | None,
     peak_memory: PeakMemory,
     device: Microcontroller,
+    rechosen_by: Criterion | None,
 ) -> dict[str, Any]:
     """Writes what the run is: its arguments, its scheme and the picture of its memory; returns the memory figures."""
     if rank_zero_only.rank == 0 and not (out_dir / "config.yaml").exists():
@@ -442,7 +497,7 @@ def keep_run_start(
         matplotlib.use("Agg")
         title = f"One training step of {scheme.network} at {size_of(peak_memory.operations.tensors[0])}"
         draw_memory(peak_memory.timeline(scheme), device, title, out_dir / "memory.png")
-    return memory_figures(peak_memory, scheme, device)
+    return memory_figures(peak_memory, scheme, device, rechosen_by)
 
 
 def evaluate(trainer: Trainer, module: Classifier, data: LightningDataModule) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 METHODS = ["sub_tensor", "mask"]
+CHOICES = {"once": {}, "anew": {"channel_choice": "taylor", "rechoose_every": 3, "choice_samples": 16}}
+TWO_PROCESSES = [("sub_tensor", "once"), ("mask", "once"), ("sub_tensor", "anew")]
 SCHEME = UpdateScheme("block", 4, {"expand.0": 0.5, "depthwise.0": 0.25, "project": 1.0, "head.0": 0.5})
 
 
@@ -646,45 +648,49 @@ def train_with_two_processes(folder):
             self.weights = copy_of_state(pl_module.net)
             self.buffer_elements = sum(tensor.numel() for tensor in pl_module.buffers())
 
-    for method in METHODS:
-        callback, start = SparseUpdate(SCHEME, method=method), Start()
+    for method, choice in TWO_PROCESSES:
+        callback, start = SparseUpdate(SCHEME, method=method, **CHOICES[choice]), Start()
         run = trainer(callback, start, strategy="ddp", devices=2, use_distributed_sampler=False)
         module = new_module(seed=run.global_rank)
         result = {"own": copy_of_state(module.net)}
         data = batches().dataset
         run.fit(module, DataLoader(data, 4, sampler=DistributedSampler(data, 2, run.global_rank, shuffle=False)))
         result |= {"start": start.weights, "end": module.net.state_dict(), "channels": callback.channels}
+        result |= {"moved_channels": callback.moved_channels}
         result |= {"buffer_elements": start.buffer_elements}
-        torch.save(result, Path(folder) / f"{method}-{run.global_rank}.pt")
+        torch.save(result, Path(folder) / f"{method}-{choice}-{run.global_rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """What each of two processes wrote, by method."""
+    """What each of two processes wrote, by method and choice of channels."""
     folder = tmp_path_factory.mktemp("ddp")
     run = subprocess.run([sys.executable, __file__, folder], timeout=180, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return {
-        method: [torch.load(folder / f"{method}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for method in METHODS
+        (method, choice): [torch.load(folder / f"{method}-{choice}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for method, choice in TWO_PROCESSES
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_end_like_one(two_processes, method):
-    first, second = two_processes[method]
-    module, callback = new_module(seed=0), SparseUpdate(SCHEME, method=method)
+@pytest.mark.parametrize(("method", "choice"), TWO_PROCESSES)
+def test_two_processes_end_like_one(two_processes, method, choice):
+    first, second = two_processes[method, choice]
+    module, callback = new_module(seed=0), SparseUpdate(SCHEME, method=method, **CHOICES[choice])
     trainer(callback).fit(module, batches(batch_size=8))
     assert first["channels"] == second["channels"] == callback.channels
+    assert first["moved_channels"] == second["moved_channels"] == callback.moved_channels
+    assert (callback.moved_channels > 0) is (choice == "anew")
     for name, expected in module.net.state_dict().items():
         torch.testing.assert_close(first["end"][name], expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(first["end"][name], second["end"][name]), name
-    assert_only_the_scheme_was_trained(first["own"], second["end"], callback.channels)
+    if choice == "once":
+        assert_only_the_scheme_was_trained(first["own"], second["end"], callback.channels)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_processes_take_the_first_ones_weights_and_channels(two_processes, method):
-    first, second = two_processes[method]
+    first, second = two_processes[method, "once"]
     own = new_module(seed=1)
     fresh = SparseUpdate(SCHEME, method=method)
     trainer(fresh, max_epochs=1).fit(own, batches())
@@ -697,8 +703,8 @@ def test_processes_take_the_first_ones_weights_and_channels(two_processes, metho
 
 def test_frozen_weights_do_not_travel_between_processes(two_processes):
     """Buffers are sent before every step: there are none."""
-    for method in METHODS:
-        assert two_processes[method][0]["buffer_elements"] == 0
+    for first, _ in two_processes.values():
+        assert first["buffer_elements"] == 0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from microtune.modules.channel_choice import choose_channels
 from microtune.modules.operations import find_operations
+from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
 from microtune.modules.scheme_application import AppliedScheme
-from microtune.modules.subtensor import MaskedReLU, SubTensorConv2d
+from microtune.modules.subtensor import MaskedReLU, SubTensorConv2d, by_input_channel
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
@@ -446,3 +447,152 @@ def test_a_weight_that_is_computed_is_refused(change):
     operations = find_operations(network, (3, 8, 8))
     with pytest.raises(UserError, match=r"the weight of 0 is computed from others \(pruning, weight norm\)"):
         AppliedScheme(network, UpdateScheme("", 1, {"0": 0.5}), operations, {"0": [1]})
+
+
+MOVING = {"expand.0": 3, "depthwise.0": 5, "head.0": 4}  # layers and how many channels of each
+
+
+@st.composite
+def moves(draw):
+    """Channels of the layers of ``MOVING`` before and after a move; sometimes a layer stays."""
+
+    def channels(name):
+        order = draw(st.permutations(range(CHANNELS[name])))
+        return sorted(order[: MOVING[name]])
+
+    before = {name: channels(name) for name in MOVING}
+    moved = draw(st.sets(st.sampled_from(list(MOVING)), min_size=1))
+    return before, {name: channels(name) for name in MOVING if name in moved}
+
+
+def start_of(before, method):
+    network = BlockNet()
+    scheme = UpdateScheme("block", 4, dict.fromkeys(MOVING, 1.0) | {"project": 1.0}, before)
+    return network, apply(network, scheme, method)
+
+
+def state_by_channel(network, applied, optimizer):
+    """The optimizer's tensors of every moving layer, by channel: (layer, state, channel) to a tensor."""
+    found = {}
+    for name in MOVING:
+        layer = network.get_submodule(name)
+        is_slice = isinstance(layer, SubTensorConv2d)
+        parameter = layer.weight_slice if is_slice else layer.weight
+        for key, value in optimizer.state[parameter].items():
+            if value.ndim:
+                rows = value if is_slice else by_input_channel(value, layer.groups).flatten(0, 1)
+                channels = applied.channels[name] if is_slice else range(CHANNELS[name])
+                found |= {(name, key, channel): row.clone() for channel, row in zip(channels, rows, strict=True)}
+            else:
+                found[name, key, None] = value.clone()
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(moves(), st.sampled_from(["sub_tensor", "mask"]), st.sampled_from(list(OPTIMIZERS)))
+def test_state_moves_with_the_channels(move, method, optimizer):
+    before, after = move
+    torch.manual_seed(0)
+    network, applied = start_of(before, method)
+    optimizer = train(network, applied, optimizer, steps=3)
+    parameters = dict(network.named_parameters())
+    held = state_by_channel(network, applied, optimizer)
+    weights = copy.deepcopy(network.state_dict())
+
+    entered = applied.move_channels(after, [optimizer])
+
+    assert entered == sum(len(set(after[name]) - set(before[name])) for name in after)
+    assert applied.channels == {"project": list(range(16))} | before | after
+    assert all(one is parameters[name] for name, one in network.named_parameters())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+    for (name, key, channel), value in state_by_channel(network, applied, optimizer).items():
+        stays = channel is None or name not in after or channel in set(before[name]) & set(after[name])
+        if stays:
+            assert torch.equal(value, held[name, key, channel])
+        else:
+            assert not value.any()
+    for name in after:
+        layer = network.get_submodule(name)
+        assert (layer.weight_slice if method == "sub_tensor" else layer.weight).grad is None
+
+
+@settings(max_examples=15, deadline=None)
+@given(moves(), st.sampled_from(list(OPTIMIZERS)))
+def test_mask_and_sub_tensor_reach_the_same_weights_through_a_move(move, optimizer):
+    before, after = move
+    states = []
+    for method in ("mask", "sub_tensor"):
+        torch.manual_seed(0)
+        network, applied = start_of(before, method)
+        network.double()
+        trained = train(network, applied, optimizer, steps=3)
+        applied.move_channels(after, [trained])
+        go_on(network, applied, trained)
+        applied.remove()
+        states.append(network.state_dict())
+    for name, expected in states[0].items():
+        torch.testing.assert_close(states[1][name], expected, rtol=1e-6, atol=1e-7)
+
+
+def go_on(network, applied, optimizer, steps=3):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(4, *SHAPE, generator=generator).to(next(network.parameters()).dtype)
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), torch.tensor([0, 1, 2, 3])).backward()
+        optimizer.step()
+        applied.restore_frozen()
+
+
+@settings(max_examples=20, deadline=None)
+@given(moves(), st.sampled_from(["sub_tensor", "mask"]), st.sampled_from(list(OPTIMIZERS)))
+def test_what_left_and_what_never_entered_is_bit_equal_after_a_move(move, method, optimizer):
+    before, after = move
+    torch.manual_seed(0)
+    network, applied = start_of(before, method)
+    first = copy.deepcopy(network.state_dict())
+    trained = train(network, applied, optimizer, steps=3)
+    applied.move_channels(after, [trained])
+    at_move = copy.deepcopy(network.state_dict())
+    go_on(network, applied, trained)
+    applied.remove()
+    scheme = UpdateScheme("block", 4, {})
+    of_first = updated_entries(first, scheme, before | {"project": range(16)})
+    of_second = updated_entries(first, scheme, before | after | {"project": range(16)})
+    for name, updated in of_second.items():
+        changed = network.state_dict()[name] != at_move[name]
+        assert not changed[~updated].any(), name
+        assert changed[updated].float().mean() > 0.9 or not updated.any(), name
+        assert torch.equal(at_move[name][~of_first[name]], first[name][~of_first[name]]), name
+
+
+@pytest.mark.parametrize("method", ["sub_tensor", "mask"])
+@pytest.mark.parametrize(("layer", "channels", "had"), [("expand.0", [0, 1], 3), ("stem.0", [0], 0)])
+def test_a_move_to_another_number_of_channels_is_refused_and_nothing_moves(method, layer, channels, had):
+    before = {"expand.0": [0, 1, 2], "depthwise.0": [0, 1, 2, 3, 4], "head.0": [0, 1, 2, 3]}
+    network, applied = start_of(before, method)
+    with pytest.raises(UserError, match=rf"{layer} updates {had} channels and would update {len(channels)}: a move ke"):
+        applied.move_channels({"head.0": [4, 5, 6, 7], layer: channels}, [])
+    assert applied.channels == before | {"project": list(range(16))}
+    if method == "sub_tensor":
+        assert network.head[0].channels == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["sub_tensor", "mask"])
+def test_int8_weights_that_leave_are_rounded_and_those_that_stay_are_not(method, small_graph, small_tensors):
+    network = QuantizedNetwork(small_graph)
+    load_quantized_tensors(network, small_tensors)
+    name, operations = "blocks.2.pointwise1", find_operations(network, small_graph.input_shape)
+    scheme = UpdateScheme("small-int8", 3, {name: 0.25})
+    applied = AppliedScheme(network, scheme, operations, {name: [1, 2]}, method)
+    before = network.state_dict()[f"{name}.weight"].clone()
+    layer = network.get_submodule(name)
+    with torch.no_grad():
+        if method == "sub_tensor":
+            layer.weight_slice.fill_(3.6)
+        else:
+            layer.weight[:, [1, 2]] = 3.6
+    assert applied.move_channels({name: [2, 5]}, []) == 1
+    after = network.state_dict()[f"{name}.weight"]
+    before[:, 1], before[:, 2] = 4, 3.6
+    assert torch.equal(after, before)

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from microtune.modules import subtensor
+from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
 from microtune.modules.subtensor import MaskedReLU, SubTensorConv2d, by_input_channel, has_subtensor_version
+from microtune.modules.user_error import UserError
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -314,3 +316,58 @@ def test_input_gradient_keeps_the_memory_order(order, groups, stride):
     assert found.is_contiguous(memory_format=order)
     expected = torch.nn.grad.conv2d_input((2, 8, 6, 6), weight, gradient, *settings)
     torch.testing.assert_close(found, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(layers(), st.randoms(use_true_random=False))
+def test_moved_channels_are_read_and_left_ones_written_to_the_bit(layer, random):
+    convolution, channels, _ = layer
+    sub_tensor = SubTensorConv2d(convolution, channels)
+    expected, parameter = convolution.weight.detach().clone(), sub_tensor.weight_slice
+    for _ in range(3):
+        if channels:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter))
+            for row, channel in enumerate(sub_tensor.channels):
+                weights_of_channel(expected, convolution, channel).copy_(parameter[row].detach())
+        moved = random.sample(range(convolution.in_channels), len(channels))
+        sub_tensor.move_channels(moved)
+        assert sub_tensor.channels == sorted(moved)
+        assert sub_tensor.weight_slice is parameter
+        assert torch.equal(sub_tensor.weight, expected)
+        for row, channel in enumerate(sorted(moved)):
+            assert torch.equal(parameter[row], weights_of_channel(expected, convolution, channel))
+
+
+def test_a_moved_layer_trains_its_new_channels():
+    layer = SubTensorConv2d(nn.Conv2d(4, 6, 3, groups=2), [0, 2])
+    layer.move_channels([3, 1])
+    full, x = copy.deepcopy(layer.plain()), torch.randn(2, 4, 5, 5)
+    full.weight.requires_grad_(True)
+    full(x).square().sum().backward()
+    layer(x).square().sum().backward()
+    expected = [weights_of_channel(full.weight.grad, full, channel) for channel in (1, 3)]
+    torch.testing.assert_close(layer.weight_slice.grad, torch.stack(expected))
+
+
+@pytest.mark.parametrize("channels", [[], [0], [0, 0], [0, 1, 2]])
+def test_a_move_to_another_number_of_channels_is_refused(channels):
+    layer = SubTensorConv2d(nn.Conv2d(4, 6, 3), [1, 2])
+    count = len(set(channels))
+    with pytest.raises(UserError, match=f"^{count} channels cannot take the place of 2, whose number a move keeps: "):
+        layer.move_channels(channels)
+    assert layer.channels == [1, 2]
+
+
+def test_int8_channels_move_to_the_bit(small_graph, small_tensors):
+    network = QuantizedNetwork(small_graph)
+    load_quantized_tensors(network, small_tensors)
+    convolution = network.get_submodule("blocks.1.depthwise")
+    before = convolution.weight.detach().clone()
+    layer = SubTensorConv2d(convolution, [3, 5])
+    with torch.no_grad():
+        layer.weight_slice.fill_(-7.25)  # a copy in floating point
+    layer.move_channels([4, 5])
+    before[[3, 5]] = -7.25
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight_slice[:, 0], before[[4, 5], 0])

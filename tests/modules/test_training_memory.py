@@ -2,7 +2,9 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,12 +12,18 @@ import torchvision
 from torch import nn
 
 from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.channel_choice import choose_channels, to_be_chosen
+from microtune.modules.channel_importance import Criterion, measure_importance
 from microtune.modules.mobilenet_v2 import mobilenet_v2
-from microtune.modules.operations import Convolution, find_operations
+from microtune.modules.operations import Convolution, NetworkOperations, find_operations
+from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
+from microtune.modules.saved_for_backward import measure_saved_bytes
 from microtune.modules.scheme_application import AppliedScheme
 from microtune.modules.training_memory import (
+    DynamicChoice,
     MultiplyAccumulates,
     autograd_bytes_per_sample,
+    dynamic_choice,
     extra_memory_bytes,
     extra_memory_per_layer,
     flash_bytes,
@@ -205,3 +213,119 @@ def test_scheme_of_another_network_is_refused():
             account(operations, scheme)
     with pytest.raises(UserError, match="bias_depth is 2"):
         extra_memory_bytes(operations.convolutions, 4, scheme)
+
+
+def choosing_network() -> tuple[nn.Module, NetworkOperations]:
+    """Two layers that may choose, an ordinary one and a depthwise one, before and behind one that is whole."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 10, 3),
+        nn.ReLU6(),
+        nn.Conv2d(10, 4, 1),
+        nn.Conv2d(4, 8, 3, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1),
+        Pooled(6),
+    )
+    return network, find_operations(network, (3, 8, 8))
+
+
+CHOOSING = UpdateScheme("x", 3, {"2": 0.4, "3": 0.75, "5": 1.0})  # 4 of 10, 3 of 4 and all 8 channels
+
+
+@pytest.mark.parametrize(
+    ("choice", "score_bytes", "sums_gradients", "passes"),
+    [
+        ("weight_norm", 4 * (10 + 4), False, 0),
+        ("random", 0, False, 0),
+        ("activation_norm", 4 * (10 + 4), False, 1),
+        ("taylor", 4 * (10 + 4), False, 3),  # ceil(10 / 4)
+        ("fisher", 4 * (10 + 4), False, 3),
+        ("gradient_norm", 4 * (10 + 4), True, 3),
+        ("loss_decrease", 4 * (10 + 4), True, 3),
+    ],
+)
+def test_dynamic_choice_of_a_hand_worked_network(choice, score_bytes, sums_gradients, passes):
+    found = dynamic_choice(choosing_network()[1], CHOOSING, choice)
+    frozen = 3 * 10 * 9 + 4 * 10 + 6 * 4 + 1 * 2 * 9  # first layer with its bias, 6 and 1 channels of 4 and 2 * 9 each
+    may_leave = 4 * 4 + 3 * 2 * 9  # the slices; the whole layer stays in SRAM
+    assert found == DynamicChoice(score_bytes, sums_gradients, frozen + may_leave, 4 * 4 + 1 * 2 * 9, passes)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [UpdateScheme("x", 3), UpdateScheme("x", 1, {"5": 1.0}), UpdateScheme("x", 3, {"2": 0.4}, {"2": [1, 5, 7, 9]})],
+    ids=["biases", "whole", "fixed"],
+)
+def test_dynamic_choice_where_there_is_nothing_to_choose(scheme):
+    operations = choosing_network()[1]
+    expected = DynamicChoice(0, False, flash_bytes(operations, scheme), 0, 0)
+    assert {dynamic_choice(operations, scheme, choice) for choice in get_args(Criterion)} == {expected}
+
+
+def slices_of(operations: NetworkOperations, scheme: UpdateScheme, passes: int) -> Iterator[dict[str, list[int]]]:
+    """As many channels of each layer at a time as the scheme updates, until all have had their turn."""
+    for number in range(passes):
+        yield {
+            c.name: [(number * k + offset) % c.in_channels for offset in range(k)]
+            for c in to_be_chosen(scheme, operations.convolutions)
+            for k in [scheme.updated_channels(c)]
+        }
+
+
+def scores_slice_by_slice(
+    network: nn.Module, operations: NetworkOperations, scheme: UpdateScheme, x: torch.Tensor, y: torch.Tensor
+) -> tuple[dict[str, dict[str, torch.Tensor]], list[int]]:
+    """Scores as a device finds them, sample by sample, and what PyTorch kept for backward in every pass."""
+    channels = choose_channels(network, scheme, operations.convolutions)
+    applied = AppliedScheme(network, scheme, operations, channels)
+    kept = [measure_saved_bytes(network, x[:1])]
+    scores = {name: {} for name in ("taylor", "fisher", "gradient_norm")}
+    passes = dynamic_choice(operations, scheme, "taylor").scoring_passes
+    for slices in slices_of(operations, scheme, passes):
+        applied.move_channels(slices, [])
+        kept.append(measure_saved_bytes(network, x[:1]))
+        sums = {name: [0, 0, 0] for name in slices}
+        for sample, label in zip(x.split(1), y.split(1), strict=True):
+            network.zero_grad()
+            torch.nn.functional.cross_entropy(network(sample), label).backward()
+            for name, (taylor, fisher, gradient) in sums.items():
+                part = network.get_submodule(name).weight_slice
+                products = (part.grad * part.detach()).flatten(1).sum(1)
+                squares = part.grad.square().flatten(1).sum(1)
+                sums[name] = [taylor + products.square(), fisher + squares, gradient + part.grad]
+        for name, (taylor, fisher, gradient) in sums.items():
+            layer, count = network.get_submodule(name), len(x)
+            for score, values in (
+                ("taylor", taylor / count),
+                ("fisher", fisher / count),
+                ("gradient_norm", (gradient / count).flatten(1).norm(dim=1)),
+            ):
+                of_layer = scores[score].setdefault(name, torch.full((layer.convolution[0].in_channels,), torch.nan))
+                of_layer[layer.channels] = values.float()
+    applied.remove()
+    return scores, kept
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+def test_scoring_slice_by_slice_gives_the_scores_and_keeps_no_more_than_training(is_int8, small_graph, small_tensors):
+    torch.manual_seed(0)
+    if is_int8:
+        network, scheme = QuantizedNetwork(small_graph), UpdateScheme("x", 5, {"blocks.2.depthwise": 0.3})
+        scheme = UpdateScheme("x", 5, {**scheme.weights, "blocks.1.pointwise2": 0.5})
+        load_quantized_tensors(network, small_tensors)
+        network.eval()
+        operations, x, y = find_operations(network, (3, 32, 32)), torch.randn(3, 3, 32, 32) / 2, torch.tensor([0, 4, 9])
+    else:
+        network, operations = choosing_network()
+        scheme, x, y = CHOOSING, torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 1, 0, 1])
+    chosen = to_be_chosen(scheme, operations.convolutions)
+    expected = measure_importance(network, chosen, [(x, y)])
+    found, (in_training, *in_scoring) = scores_slice_by_slice(network, operations, scheme, x, y)
+    for name, of_layers in found.items():
+        for layer, scores in expected.scores(name).items():
+            torch.testing.assert_close(of_layers[layer].double(), scores, rtol=1e-4, atol=1e-6 * scores.max().item())
+    assert in_scoring == [in_training] * dynamic_choice(operations, scheme, "taylor").scoring_passes
+    assert in_training == autograd_bytes_per_sample(operations, scheme)
+    bytes_of_scores = sum(scores.nbytes for scores in found["taylor"].values())
+    assert bytes_of_scores == dynamic_choice(operations, scheme, "taylor").score_bytes

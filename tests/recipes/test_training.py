@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -14,10 +15,17 @@ from lightning.pytorch import Trainer
 from microtune.datamodules.cifar import CIFAR
 from microtune.datamodules.keyword_audio import KeywordFrontEnd
 from microtune.datamodules.speech_commands import COMMANDS
+from microtune.modules.channel_importance import Criterion
 from microtune.modules.classifier import Classifier
+from microtune.modules.microcontrollers import microcontroller
 from microtune.modules.mobilenet_v2 import NORMALIZATION, mobilenet_v2
+from microtune.modules.operations import find_operations
+from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.training_memory import dynamic_choice
 from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
 from microtune.recipes import training
+from microtune.recipes.memory_figures import memory_figures, scheme_fits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -453,3 +461,117 @@ def test_random_numbers_of_augmentation_keep_their_precision(monkeypatch, train)
     monkeypatch.setattr(KeywordFrontEnd, "forward", forward)
     train("train_speech_commands", scheme="classifier", precision="bf16-true")
     assert found == {torch.int16, torch.int64, torch.int32}
+
+
+# ---- which channels
+
+
+@pytest.mark.parametrize("choice", get_args(Criterion))
+def test_every_criterion_chooses_channels_in_training(choice, scheme_file, train, tmp_path):
+    options = {"scheme": str(scheme_file), "channel_choice": choice, "choice_samples": 16, "allow_oversize": True}
+    report = train("train_cifar", **options, rechoose_every=2, learning_rate=0.05)
+    (state,) = (state for key, state in read_checkpoint(tmp_path / "run")["callbacks"].items() if "SparseUpd" in key)
+    assert state["channel_choice"] == report["channel_choice"] == choice
+    assert state["rechoose_every"] == report["rechoose_every"] == 2
+    assert state["chosen_at_step"] == 4  # of 6 steps
+    assert {name: len(channels) for name, channels in state["channels"].items() if len(channels) < 16} == {
+        "features.15.conv.0.0": 7,
+    }
+    assert math.isfinite(report["loss"])
+
+
+def test_choice_by_data_of_keywords(train):
+    """Whose spectrograms are made between the loader and the training step."""
+    report = train("train_speech_commands", scheme="sub_tensor", channel_choice="taylor", choice_samples=8)
+    assert report["channel_choice"] == "taylor"
+    assert not {"rechoose_every", "rechoosing_peak_memory_bytes"} & report.keys()
+
+
+def test_report_says_nothing_of_the_usual_choice(finished_runs):
+    assert not {"channel_choice", "rechoose_every", "rechoosing_peak_memory_bytes"} & set(
+        read_report(finished_runs["train_cifar"])
+    )
+
+
+def test_dynamic_run_is_resumed(train, interrupt, weights_of, tmp_path):
+    options = {"scheme": "sub_tensor", "channel_choice": "fisher", "rechoose_every": 4, "choice_samples": 16}
+    options |= {"momentum": 0.9, "epochs": 2, "learning_rate": 0.05}
+    whole = train("train_cifar", **options, out_dir=tmp_path / "whole")
+    interrupt(epoch=1)
+    with pytest.raises(RuntimeError, match="interrupted by the test"):
+        train("train_cifar", **options)
+    resumed = train("train_cifar", **options, resume=True)
+    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+    assert whole | {"seconds": 0} == resumed | {"seconds": 0}
+
+
+def test_memory_of_a_dynamic_run(scheme_file, train):
+    scheme, operations = UpdateScheme.load(scheme_file), find_operations(mobilenet_v2(0.35, 10), (3, 32, 32))
+    report = train("train_cifar", scheme=str(scheme_file), channel_choice="taylor", rechoose_every=3)
+    choice = dynamic_choice(operations, scheme, "taylor")
+    peak_bytes = PeakMemory(operations).peak_bytes(scheme)
+    assert report["peak_memory_bytes"] == peak_bytes
+    assert report["rechoosing_peak_memory_bytes"] == peak_bytes + choice.score_bytes
+    assert report["sram_margin_bytes"] == report["budget_bytes"] - report["rechoosing_peak_memory_bytes"]
+    assert report["flash_bytes"] == choice.flash_bytes
+    assert report["fits"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "lacking"),
+    [
+        ("taylor", "sram"),
+        ("loss_decrease", "sram"),
+        ("random", "flash"),
+        ("weight_norm", "flash"),
+    ],
+)
+def test_dynamic_run_that_does_not_fit_although_a_step_does(choice, lacking, scheme_file, train, tmp_path):
+    scheme, operations = UpdateScheme.load(scheme_file), find_operations(mobilenet_v2(0.35, 10), (3, 32, 32))
+    peak_bytes, score_bytes = PeakMemory(operations).peak_bytes(scheme), 4 * (56 + 56)
+    if choice == "loss_decrease":
+        peak_bytes = PeakMemory(operations, gradient_accumulation=True).peak_bytes(scheme)
+    whole_bytes = dynamic_choice(operations, scheme, choice).flash_bytes
+    enough = {"sram": (peak_bytes + score_bytes, None), "flash": (10**6, whole_bytes)}[lacking]
+    less = {"sram": (enough[0] - 1, None), "flash": (10**6, whole_bytes - 1)}[lacking]
+
+    def fits(sram_bytes, flash_bytes, rechosen_by):
+        account = (PeakMemory(operations), scheme, microcontroller(None, sram_bytes, flash_bytes, 0), rechosen_by)
+        assert memory_figures(*account)["fits"] is scheme_fits(*account)
+        return scheme_fits(*account)
+
+    assert fits(*enough, choice)
+    assert fits(*less, None)
+    assert not fits(*less, choice)
+    message = rf"one training step fits custom, but choosing channels anew by {choice} needs [\d.]+ KiB "
+    message += {"sram": "at its peak, but there are", "flash": "of flash for what leaves, but there are"}[lacking]
+    options = {"channel_choice": choice, "rechoose_every": 100, "reserve_bytes": 0, "scheme": str(scheme_file)}
+    with pytest.raises(UserError, match=message + r" [\d.]+ KiB: choose once, or update fewer .*--allow_oversize"):
+        train("train_cifar", **options, sram_bytes=less[0], flash_bytes=less[1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_scheme_that_fills_leaves_room_for_scores(train):
+    options = {"channel_choice": "loss_decrease", "rechoose_every": 3, "scheme": "sub_tensor", "sram_bytes": 150_000}
+    report = train("train_cifar", **options, reserve_bytes=0)
+    assert report["fits"]
+    assert report["peak_memory_bytes"] < report["rechoosing_peak_memory_bytes"] <= 150_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rechoose_every": -1}, "^rechoose_every is -1: give 0 or more$"),
+        ({"choice_samples": 0}, "^choice_samples is 0: give 1 or more$"),
+        ({"rechoose_every": 3, "compile": True}, "^rechoose_every is 3, and a compiled network would be compiled anew"),
+        ({"rechoose_every": 3, "ema_decay": 0.9}, "^ema_decay is 0.9, and averages slices of weights, whose channels "),
+        ({"channel_choice": "taylor", "ema_decay": 0.9}, "^ema_decay is 0.9, and averages slices of weights, whose "),
+        ({"rechoose_every": 3, "scheme": "none"}, "^rechoose_every is 3, but there is nothing to choose: give a --sch"),
+        ({"rechoose_every": 3, "scheme": "biases"}, "^rechoose_every is 3, but there is nothing to choose: give a --s"),
+    ],
+    ids=str,
+)
+def test_choices_that_cannot_be_made_are_refused_before_the_run(options, message, train, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train("train_cifar", **{"scheme": "sub_tensor"} | options)
+    assert not (tmp_path / "run").exists()
