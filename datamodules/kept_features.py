@@ -1,5 +1,6 @@
 """What a frozen trunk makes of a data set: computed once and kept, or anew in every pass."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,8 +94,21 @@ class TrunkFeatures:
             return self._computed("train", list(keys))
         return (self._gathered(batch) for batch in keys)
 
+    def first_batches(self, batch_size: int, seed: int, step: int, count: int) -> Iterator[Batch]:
+        """The first batches, ``count`` or all, of the epoch that a step of ``training_batches`` is in."""
+        loader = data_loader(_Keys(self.samples["train"]), batch_size, shuffle_seed=seed)
+        epoch = step // len(loader)
+        keys = list(itertools.islice(_batches_of_epoch(loader, epoch, self.copies), count))
+        return self._computed("train", keys) if self.keep == "none" else (self._gathered(batch) for batch in keys)
+
     def evaluation_batches(self, split: Split = "val") -> Iterator[Batch]:
-        """Features and labels of the validation split, or of the test split, whose features are never kept."""
+        """Features and labels of the validation split, or of the test split.
+
+        Those of the test split, which a search never asks for, are kept in memory from the first time on, unless
+        nothing is kept.
+        """
+        if split == "test" and split not in self._kept and self.keep != "none":
+            self._kept[split] = self._in_memory(split)
         parts = _shared_out(range(self.samples[split]))
         if split not in self._kept:
             return self._computed(split, parts)
@@ -194,12 +208,14 @@ class _Keys(Dataset):
 def _batches_of_keys(samples: int, batch_size: int, seed: int, steps: int, copies: int) -> Iterator[list[Key]]:
     """The keys of ``steps`` batches, as the data modules' own loaders ask for them, epoch after epoch."""
     loader = data_loader(_Keys(samples), batch_size, shuffle_seed=seed)
-    for step in range(steps):
-        epoch, batch = divmod(step, len(loader))
-        if batch == 0:
-            loader.sampler.set_epoch(epoch)
-            batches = iter(loader)
-        yield [(epoch % copies, index) for _, index in next(batches)]
+    epochs = (_batches_of_epoch(loader, epoch, copies) for epoch in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(epochs), steps)
+
+
+def _batches_of_epoch(loader: DataLoader, epoch: int, copies: int) -> Iterator[list[Key]]:
+    loader.sampler.set_epoch(epoch)
+    for batch in loader:
+        yield [(epoch % copies, index) for _, index in batch]
 
 
 def _shared_out(indexes: range) -> list[list[int]]:

@@ -4,14 +4,17 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from microtune.datamodules.kept_features import Split, TrunkFeatures
-from microtune.modules.channel_choice import choose_channels
+from microtune.datamodules.kept_features import Batch, Split, TrunkFeatures
+from microtune.modules.channel_choice import choose_channels, seed_at_step, to_be_chosen
+from microtune.modules.channel_importance import WITHOUT_DATA, Criterion, DivergedError, measure_importance
 from microtune.modules.classifier import learning_rate_factor
-from microtune.modules.operations import find_operations
+from microtune.modules.fitted_classifier import measure_with_fitted_classifier
+from microtune.modules.operations import NetworkOperations, find_operations
 from microtune.modules.quantized_update import quantized_parameters, round_in_place, scale_gradients
 from microtune.modules.scheme_application import AppliedScheme
 from microtune.modules.stochastic_rounding import IntegerGenerator
@@ -19,6 +22,28 @@ from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a trial chooses the channels that its scheme does not fix, as ``SparseUpdate`` does.
+
+    Args:
+        criterion: By which score.
+        rechoose_every: Steps after which they are chosen anew; 0 for once, at the start.
+        samples: Training samples that scores are measured on. Before the first step the classifier knows nothing yet:
+            then it is fitted to half of them, for the time being, and the scores are those of the other half.
+    """
+
+    criterion: Criterion = "weight_norm"
+    rechoose_every: int = 0
+    samples: int = 256
+
+    def is_due(self, step: int) -> bool:
+        """Whether channels are chosen before a step; before the first one they are those of the largest weights."""
+        if step == 0:
+            return self.criterion != "weight_norm"
+        return self.rechoose_every > 0 and step % self.rechoose_every == 0
 
 
 class TrialTraining:
@@ -76,11 +101,39 @@ class TrialTraining:
         Raises:
             UserError: A scheme reaches into the trunk.
         """
+        return self.accuracies_on((split,), schemes, seed)[split]
+
+    def accuracies_on(
+        self,
+        splits: Sequence[Split],
+        schemes: Sequence[UpdateScheme],
+        seed: int,
+        learning_rate: float | None = None,
+        choice: Choice | None = None,
+    ) -> dict[Split, list[float]]:
+        """Top-1 on several splits after one training of each of the schemes.
+
+        Args:
+            splits: Where the accuracy is measured.
+            schemes: As in ``accuracies``.
+            seed: As in ``accuracies``, and of a random choice of channels.
+            learning_rate: In place of that of the trials.
+            choice: Of channels; by default the largest weights.
+
+        Raises:
+            UserError: A scheme reaches into the trunk.
+        """
+        choice = choice or Choice()
+        peak = self.learning_rate if learning_rate is None else learning_rate
         candidates = [self._candidate(scheme, seed) for scheme in schemes]
         for step, (features, labels) in enumerate(self.features.training_batches(self.batch_size, seed, self.steps)):
+            if choice.is_due(step):
+                samples = self._choosing_batches(choice, seed, step)
+                for candidate in candidates:
+                    candidate.choose(choice.criterion, seed, step, samples)
             factor = learning_rate_factor(step, self.warmup_steps, self.steps)
             for candidate in candidates:
-                candidate.step(features, labels, self.learning_rate * factor)
+                candidate.step(features, labels, peak * factor)
         for scheme, candidate in zip(schemes, candidates, strict=True):
             if not math.isfinite(candidate.loss):
                 log.warning(
@@ -88,8 +141,18 @@ class TrialTraining:
                     "little: give a smaller --learning_rate",
                     scheme.bias_depth,
                     len(scheme.weights),
-                    self.learning_rate,
+                    peak,
                 )
+        return {split: self._top1(candidates, split) for split in splits}
+
+    def _choosing_batches(self, choice: Choice, seed: int, step: int) -> list[Batch]:
+        """The first batches of the epoch that the step is in."""
+        if choice.criterion in WITHOUT_DATA:
+            return []
+        count = math.ceil(choice.samples / self.batch_size)
+        return list(self.features.first_batches(self.batch_size, seed, step, count))
+
+    def _top1(self, candidates: Sequence["_Candidate"], split: Split) -> list[float]:
         correct = [0] * len(candidates)
         for features, labels in self.features.evaluation_batches(split):
             for index, candidate in enumerate(candidates):
@@ -104,21 +167,39 @@ class TrialTraining:
             )
         network = copy.deepcopy(self.rest)
         network.classifier.load_state_dict(self.fresh_classifier(seed))
-        channels = choose_channels(network, scheme, self.operations.convolutions)
-        AppliedScheme(network, scheme, self.operations, channels)
-        return _Candidate(network, seed)
+        return _Candidate(network, scheme, self.operations, seed)
 
 
 class _Candidate:
     """One network in training."""
 
-    def __init__(self, network: nn.Module, seed: int):
-        self.network = network.train()
+    def __init__(self, network: nn.Module, scheme: UpdateScheme, operations: NetworkOperations, seed: int):
+        self.network, self.scheme, self.operations = network.train(), scheme, operations
+        channels = choose_channels(network, scheme, operations.convolutions)
+        self.applied = AppliedScheme(network, scheme, operations, channels)
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trainable, lr=math.nan)
         self.quantized = quantized_parameters(network)  # none in floating point
         self.generator = IntegerGenerator(seed)
         self.loss = math.nan
+
+    def choose(self, criterion: Criterion, seed: int, step: int, batches: Sequence[Batch]) -> None:
+        """Chooses channels anew, and takes those from now on; a training that diverged keeps those that it has."""
+        chosen = to_be_chosen(self.scheme, self.operations.convolutions)
+        if not chosen:
+            return
+        importance = None
+        try:
+            if batches and step == 0:
+                importance, _ = measure_with_fitted_classifier(self.network, self.operations, chosen, batches)
+            elif batches:
+                importance = measure_importance(self.network, chosen, batches)
+        except DivergedError:
+            return
+        seed = seed_at_step(seed, step)
+        moved = choose_channels(self.network, self.scheme, chosen, criterion, seed, importance)
+        self.applied.move_channels(moved, [self.optimizer])
+        self.quantized = quantized_parameters(self.network)
 
     def step(self, features: Tensor, labels: Tensor, learning_rate: float) -> None:
         self.optimizer.param_groups[0]["lr"] = learning_rate

@@ -16,7 +16,7 @@ from microtune.modules.classifier import Classifier
 from microtune.modules.frozen_trunk import cut_network
 from microtune.modules.mobilenet_v2 import mobilenet_v2
 from microtune.modules.operations import find_operations
-from microtune.modules.trial_training import TrialTraining
+from microtune.modules.trial_training import Choice, TrialTraining
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes import trial_setup
@@ -104,7 +104,7 @@ def training_of(network, keep="memory", copies=2, base_depth=BASE_DEPTH, epochs=
     return training
 
 
-def by_a_trainer(network, scheme, tmp_path, epochs=2, learning_rate=0.05, warmup_fraction=0.1, seed=0):
+def by_a_trainer(network, scheme, tmp_path, epochs=2, learning_rate=0.05, warmup_fraction=0.1, seed=0, **choice):
     """What Classifier, SparseUpdate and a Trainer make of the same network."""
     arguments = {"width": 0.35, "num_classes": len(CLASSES), "in_channels": 1, "folded": True}
     module = Classifier(arguments, learning_rate=learning_rate, warmup_fraction=warmup_fraction)
@@ -117,7 +117,7 @@ def by_a_trainer(network, scheme, tmp_path, epochs=2, learning_rate=0.05, warmup
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[SparseUpdate(scheme, input_shape=SHAPE)],
+        callbacks=[SparseUpdate(scheme, input_shape=SHAPE, seed=seed, **choice)],
         default_root_dir=tmp_path,
     )
     data = digits(seed)
@@ -160,6 +160,50 @@ def test_they_are_so_wherever_the_trunk_ends_and_whatever_is_kept(keep, copies, 
     training.accuracies([schemes["weights"]], seed=0)
     whole, _ = by_a_trainer(network, schemes["weights"], tmp_path, learning_rate=0.1, warmup_fraction=0.3)
     assert_same_rest(training.trained[0].network, whole)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "rechoose_every"),
+    [("taylor", 0), ("random", 0), ("loss_decrease", 5), ("activation_norm", 7), ("weight_norm", 4), ("random", 6)],
+)
+def test_channels_are_chosen_and_moved_as_by_a_trainer(criterion, rechoose_every, network, convolutions, tmp_path):
+    """Once or anew while training, in whichever epoch: the same channels, and the same weights to the bit."""
+    scheme = UpdateScheme(NAME, 8, {convolutions[-6]: 0.5, convolutions[-3]: 1.0, convolutions[-2]: 0.25})
+    training = training_of(network)
+    choice = Choice(criterion, rechoose_every, samples=20)
+    training.accuracies_on(("val",), [scheme], seed=0, choice=choice)
+    whole, _ = by_a_trainer(
+        network, scheme, tmp_path, channel_choice=criterion, rechoose_every=rechoose_every, choice_samples=20
+    )
+    assert_same_rest(training.trained[0].network, whole)
+    training.accuracies_on(("val",), [scheme], seed=0)
+    assert (training.trained[0].applied.channels != training.trained[1].applied.channels) == (
+        criterion != "weight_norm"
+    )
+
+
+def test_a_diverged_trial_keeps_its_channels(network, convolutions, caplog):
+    """There is nothing left to choose by; the accuracy says what became of it, and the log says why."""
+    scheme = UpdateScheme(NAME, 8, {convolutions[-6]: 0.5, convolutions[-2]: 0.25})
+    training = training_of(network, epochs=1)
+    choice = Choice("loss_decrease", 4, samples=50)
+    found = training.accuracies_on(("val",), [scheme], seed=0, learning_rate=1e30, choice=choice)
+    assert 0 <= found["val"][0] < 0.5
+    assert "diverged at learning rate 1e+30" in caplog.text
+
+
+def test_learning_rate_of_a_call_replaces_that_of_the_trials(network, schemes):
+    training, other = training_of(network), training_of(network, learning_rate=0.1)
+    training.accuracies_on(("val",), [schemes["biases"]], seed=0, learning_rate=0.1)
+    other.accuracies([schemes["biases"]], seed=0)
+    assert_same_rest(training.trained[0].network, other.trained[0].network)
+
+
+def test_splits_are_measured_after_one_training(network, schemes):
+    training = training_of(network)
+    found = training.accuracies_on(("val", "test"), [schemes["weights"]], seed=1)
+    assert len(training.trained) == 1
+    assert found == {split: training.accuracies([schemes["weights"]], seed=1, split=split) for split in ("val", "test")}
 
 
 def test_a_seed_has_its_classifier_and_its_order(network, schemes, tmp_path):
