@@ -114,14 +114,18 @@ class _Account:
         """Leaves out moments at which, whatever is chosen, no more bytes are alive than at another one."""
         moments = self.constant.shape[1] - self.with_flash
         first_choices = np.flatnonzero(np.diff(self.layer_of, prepend=-1))
+        # between a layer's fewest and its most channels below the whole, bytes are linear: those two are the extremes
+        last_choices = np.append(first_choices, len(self.layer_of))[1:] - 1
+        second, last_but_one = np.minimum(first_choices + 1, last_choices), np.maximum(last_choices - 1, first_choices)
+        extremes = self.per_choice[:, np.stack([first_choices, second, last_but_one, last_choices], axis=1)]
         keep = np.ones(self.constant.shape[1], dtype=bool)
         for moment in range(moments):
             others = np.flatnonzero(keep[:moments])
             others = others[others != moment]
             more = self.constant[:, [moment]] - self.constant[:, others]
             if len(first_choices):
-                per_choice = self.per_choice[:, :, [moment]] - self.per_choice[:, :, others]
-                more = more + np.maximum.reduceat(per_choice, first_choices, axis=1).sum(axis=1)
+                per_choice = extremes[..., [moment]] - extremes[..., others]
+                more = more + per_choice.max(axis=2).sum(axis=1)
             keep[moment] = not (more <= 0).all(axis=0).any()
         self.constant, self.per_choice = self.constant[:, keep].copy(), self.per_choice[:, :, keep].copy()
 
@@ -161,6 +165,8 @@ class SearchProblem:
         budget_bytes: What the scheme may take, in MCU bytes.
         memory: Whether the budget is for the peak of a training step or for the paper's extra memory.
         flash_limit_bytes: What the frozen weights may take, in MCU bytes; counts with ``memory="peak"`` only.
+        fix_channels: Fixes the channels of every scheme that ``scheme`` gives, as many as its ratios say, such as
+            ``with_channels``; without it schemes leave open which.
 
     Raises:
         UserError: The table does not fit the network, or no scheme fits the budget: says what would do.
@@ -180,11 +186,12 @@ class SearchProblem:
         budget_bytes: float,
         memory: Memory = "peak",
         flash_limit_bytes: int | None = None,
+        fix_channels: Callable[[UpdateScheme], UpdateScheme] | None = None,
     ):
         if memory not in get_args(Memory):
             raise UserError(f"memory is {memory!r}: give one of {', '.join(get_args(Memory))}")
         self.network, self.peak_memory, self.memory = network, peak_memory, memory
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.fix_channels = budget_bytes, fix_channels
         self.flash_limit_bytes = flash_limit_bytes if memory == "peak" else None
         if self.flash_limit_bytes is not None and self.flash_limit_bytes <= 0:
             raise UserError(f"flash_limit_bytes is {flash_limit_bytes}: give a positive number of bytes")
@@ -262,9 +269,13 @@ class SearchProblem:
         return bool((self._bytes(genome) <= self.limits).all())
 
     def score(self, genome: Genome) -> float:
-        """Sum of the gains of the genome's depth and of its layers within it, as a fraction of accuracy."""
+        """Sum of the gains of the genome's depth and of its layers within it, in the unit of the table."""
+        return float(sum(self.gains_of(genome)))
+
+    def gains_of(self, genome: Genome) -> list[float]:
+        """The gain of the genome's depth, and of each of the candidate layers; 0 of those outside the depth."""
         pairs = zip(self._gains_of_parts, self.canonical(genome), strict=True)
-        return float(sum(gains[option] for gains, option in pairs))
+        return [gains[option] for gains, option in pairs]
 
     def repair(
         self, genome: Genome, rng: random.Random | None = None, noise: float = 0.0, left_out: float = 0.0
@@ -347,7 +358,8 @@ class SearchProblem:
         depth, *options = self.canonical(genome)
         rows = zip(self.layers, self.ratios, options, strict=True)
         weights = {layer: ratios[option] for layer, ratios, option in rows if option}
-        return UpdateScheme(self.network, self.depths[depth], weights, provenance=provenance or {})
+        scheme = UpdateScheme(self.network, self.depths[depth], weights, provenance=provenance or {})
+        return self.fix_channels(scheme) if self.fix_channels else scheme
 
     def genome_of(self, scheme: UpdateScheme) -> Genome:
         """The genome nearest to a scheme, repaired.

@@ -1,15 +1,22 @@
 """Evolves an update scheme that fits a microcontroller: a genetic algorithm in DEAP over bias depth and update ratios.
 
     uv run recipes/evolve_update_scheme.py --contributions CONTRIBUTIONS.csv --mcu stm32f746 --finalists 0
+    uv run recipes/evolve_update_scheme.py --contributions gradient --data cifar10 --data_dir DIR --weights torchvision
 
 Needs the table that ``measure_contributions.py`` writes. By that table (``--fitness table``) the search takes seconds,
 and a solver's proven optimum stands beside what it finds; with ``--fitness accuracy`` every scheme is trained for some
 steps, since gains do not add up: two seconds a trial on a core of an AMD EPYC, where the table's search takes six in
 all.
+
+With ``--contributions gradient`` nothing is measured by training: one backward pass over some training samples says
+how much the loss of each channel's update falls to first order, and what fits with the highest sum is computed, down to
+the single channel. With ``--fitness accuracy`` that is where the search begins, and every scheme has the channels of
+the highest gain.
 """
 
 import logging
 import random
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +30,7 @@ from deap import base, tools
 
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.contributions import ContributionTable
-from microtune.modules.scheme_optimum import proven_optimum
+from microtune.modules.scheme_optimum import Optimum, proven_optimum
 from microtune.modules.scheme_search import Genome, Memory, SearchProblem, random_search
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import write_json
@@ -38,18 +45,33 @@ from microtune.recipes.run_folder import (
     refuse_another_run,
     write_config,
 )
-from microtune.recipes.search_report import SearchLog, draw_front, draw_search, print_front, print_report
+from microtune.recipes.search_report import (
+    SearchLog,
+    draw_front,
+    draw_search,
+    print_computed,
+    print_front,
+    print_report,
+    updated_layers,
+)
 from microtune.recipes.search_setup import (
+    GRADIENT,
+    Level,
     all_budgets,
     budget_of,
     check_table,
     good_guesses,
+    gradient_problem,
     load_table,
     make_problem,
+    measure_gradient,
     provenance_of,
+    refuse_beside_gradient,
+    refuse_beside_table,
     refuse_without_data,
     rules_of_thumb,
     searched_network,
+    searched_rows,
 )
 from microtune.recipes.search_state import SearchState
 from microtune.recipes.trial_setup import TrialSettings, accuracies
@@ -60,6 +82,9 @@ log = logging.getLogger(__name__)
 FitnessName = Literal["table", "accuracy"]
 POPULATION = {"table": 40, "accuracy": 16}
 EVALUATIONS = {"table": 5000, "accuracy": 200}
+FINALISTS = 4
+BASE_DEPTH = 36  # of a gradient
+CHOICE_SAMPLES = 512
 
 
 class FitnessMax(base.Fitness):
@@ -222,7 +247,7 @@ def evolve(
 
 
 def main(
-    contributions: Path,
+    contributions: str,
     network: str = "mobilenet_v2",
     mcu: str | None = None,
     memory: Memory = "peak",
@@ -231,11 +256,15 @@ def main(
     flash_bytes: int | None = None,
     reserve_bytes: int | None = None,
     all_mcus: bool = False,
+    level: Level = "sub_tensor",
+    channel_multiple: int = 1,
+    base_depth: int | None = None,
+    choice_samples: int | None = None,
     fitness: FitnessName = "table",
     evaluations: int | None = None,
     population: int | None = None,
     trial_seeds: int = 1,
-    finalists: int = 4,
+    finalists: int | None = None,
     final_steps: int | None = None,
     final_seeds: int = 3,
     processes: int = 1,
@@ -254,7 +283,7 @@ def main(
     """Evolves an update scheme that fits a microcontroller: a genetic algorithm in DEAP.
 
     Args:
-        contributions: Table that measure_contributions.py wrote.
+        contributions: Table that measure_contributions.py wrote, or gradient: one backward pass in its place.
         network: mobilenet_v2, or the .safetensors file of an int8 network.
         mcu: Microcontroller that a training step must fit; by default stm32f746, unless another budget is given.
         memory: What the budget is of: peak of a training step, or extra (the paper's figure).
@@ -263,12 +292,17 @@ def main(
         flash_bytes: Flash, likewise.
         reserve_bytes: SRAM that is not for training, likewise.
         all_mcus: A scheme for every known microcontroller, by the table.
+        level: sub_tensor (some channels of a layer) or layer (whole layers only).
+        channel_multiple: Numbers of updated channels are multiples of it, or the whole layer; device kernels like 4.
+        base_depth: Deepest bias depth, of contributions by gradient; by default 36.
+        choice_samples: Training samples of the backward pass, likewise; by default 512: to
+            half of them the classifier is fitted, the other half are for the pass.
         fitness: table (sum of contributions, seconds) or accuracy (of a short training of each scheme).
         evaluations: Schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
         population: Survivors of a generation; by default 40, or 16 by accuracy.
         trial_seeds: Trainings of each scheme, where fitness is accuracy.
         finalists: Best schemes to train for longer, beside the table's optimum and as many of the last layers as fit;
-            the validation split chooses. 0 for none, without data.
+            the validation split chooses. By default 4; 0 for none, without data, and by the gradient alone.
         final_steps: Optimizer steps of these; by default four times those of a trial.
         final_seeds: Trainings of each of these.
         processes: Processes of this machine that train, one thread each.
@@ -287,26 +321,50 @@ def main(
     torch.set_num_threads(1)
     check_at_least_one(
         evaluations=evaluations, population=population, trial_seeds=trial_seeds, final_steps=final_steps,
-        final_seeds=final_seeds,
+        final_seeds=final_seeds, channel_multiple=channel_multiple, base_depth=base_depth,
+        choice_samples=choice_samples,
     )  # fmt: skip
-    table = ContributionTable.load(contributions)
-    settings = TrialSettings(network=network, resolution=resolution, base_depth=max(1, *table.bias_gains), **options)
-    refuse_without_data(settings, fitness, finalists, all_mcus)
+    is_gradient = contributions == GRADIENT
+    if is_gradient:
+        searched = {"evaluations": evaluations, "population": population, "finalists": finalists}
+        refuse_beside_gradient(fitness, all_mcus, allow_missing_layers, **searched)
+        base_depth = base_depth or BASE_DEPTH
+    else:
+        refuse_beside_table(base_depth=base_depth, choice_samples=choice_samples)
+        base_depth = max(1, *ContributionTable.load(contributions).bias_gains)
+    is_computed = is_gradient and fitness == "table"
+    finalists = (0 if is_computed else FINALISTS) if finalists is None else finalists
+    settings = TrialSettings(network=network, resolution=resolution, base_depth=base_depth, **options)
+    refuse_without_data(settings, fitness, finalists, all_mcus, is_gradient)
     if all_mcus and resume:
         raise UserError("all_mcus takes less than a minute or two and is not resumed: leave --resume out")
     if all_mcus and (mcu, budget_kib, sram_bytes, flash_bytes, reserve_bytes, memory) != (None,) * 5 + ("peak",):
         raise UserError("all_mcus takes the budget of each known microcontroller: leave out every other budget")
     described = searched_network(settings, resolution, input_width, in_channels, num_classes)
-    table = load_table(contributions, described)
-    check_table(contributions, table, described, allow_missing_layers)
+    if not is_gradient:
+        table = load_table(contributions, described)
+        check_table(contributions, table, described, allow_missing_layers)
+        table = searched_rows(contributions, table, described.operations.convolutions, level, channel_multiple)
     evaluations, population = evaluations or EVALUATIONS[fitness], population or POPULATION[fitness]
     check_run_folder(out_dir, resume)
     if all_mcus:
         return search_all_mcus(described, table, evaluations, population, seed, out_dir, arguments)
 
     budget = budget_of(memory, budget_kib, mcu, sram_bytes, flash_bytes, reserve_bytes)
-    problem = make_problem(described, table, budget)
-    optimum = proven_optimum(problem)
+    facts = {"score_unit": "accuracy"}
+    if is_gradient:
+        measured = measure_gradient(settings, choice_samples or CHOICE_SAMPLES, seed)
+        facts = measured.facts
+        problem, table, optimum = gradient_problem(
+            described, measured, budget, base_depth, level, channel_multiple, is_coarse=not is_computed
+        )
+    else:
+        problem = make_problem(described, table, budget)
+        optimum = proven_optimum(problem)
+    facts |= {
+        "fitness": fitness, "level": level, "channel_multiple": channel_multiple, "memory": budget.memory,
+        "budget_bytes": budget.size_bytes, "mcu": budget.microcontroller and budget.microcontroller.name,
+    }  # fmt: skip
     with Workers(processes, cluster) as workers:
         out_dir = open_run_folder(out_dir, "evolve_update_scheme", resume)
         settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
@@ -314,8 +372,14 @@ def main(
             refuse_another_run(out_dir, arguments, None)
         else:
             write_config(out_dir, arguments)
+        if is_gradient:
+            contributions = keep_table(table, out_dir / "contributions.csv")
+        made_by = partial(provenance_of, "evolve_update_scheme", arguments, Path(contributions), budget)
+        search_log = SearchLog(logger, out_dir, arguments, table, optimum, problem, evaluations)
+        if is_computed:
+            return finish_computed(problem, optimum, facts, made_by, search_log, started)
         state = SearchState.load(out_dir / "search.json")
-        state.refuse_another_table(contributions)
+        state.refuse_another_table(Path(contributions))
         random.seed(seed)
         toolbox, guesses = make_toolbox(problem), []
         if fitness == "accuracy":
@@ -331,7 +395,6 @@ def main(
             state.save(out_dir / "search.json")
             search_log.generation(state)
 
-        search_log = SearchLog(logger, out_dir, arguments, table, optimum, problem, evaluations)
         with search_log:
             hall = evolve(problem, toolbox, evaluations, population, guesses, state, after_generation)
         best, of_finalists = tuple(hall[0]), {}
@@ -350,18 +413,14 @@ def main(
         "optimum_score": optimum.score,
         "random_score": random_search(problem, len(state.fitness), seed).score,
         "random_blind_score": random_search(problem, len(state.fitness), seed, blind=True).score,
-        "fitness": fitness,
         "best_fitness": hall[0].fitness.values[0],
         "evaluations": len(state.fitness),
         "lost_evaluations": sum(value is None for value in state.fitness.values()),
-        "memory": budget.memory,
         "memory_bytes": problem.memory_bytes(best),
-        "budget_bytes": budget.size_bytes,
-        "mcu": budget.microcontroller and budget.microcontroller.name,
+        **facts,
         **of_finalists,
         "seconds": time.monotonic() - started,
     }
-    made_by = partial(provenance_of, "evolve_update_scheme", arguments, contributions, budget)
     problem.scheme(best, made_by(report)).save(out_dir / "scheme.json")
     rule = {"rule": "proven optimum by the contribution table", "score": optimum.score}
     problem.scheme(optimum.genome, made_by(rule)).save(out_dir / "optimum.json")
@@ -369,6 +428,45 @@ def main(
     draw_search(state, problem, optimum, fitness, out_dir / "search.png")
     search_log.finish(report)
     print_report(report, problem.scheme(best), out_dir)
+    return report
+
+
+def keep_table(table: ContributionTable, path: Path) -> Path:
+    """Writes the table of a gradient into the run's folder, or refuses to go on with another than lies there."""
+    with tempfile.TemporaryDirectory() as folder:
+        table.save(Path(folder) / path.name)
+        if path.exists() and path.read_bytes() != (Path(folder) / path.name).read_bytes():
+            raise UserError(
+                f"the gradient is not what it was when {path} was written: the data, the weights or the machine have "
+                "changed: start the search anew without --resume"
+            )
+    table.save(path)
+    return path
+
+
+def finish_computed(
+    problem: SearchProblem,
+    optimum: Optimum,
+    facts: dict[str, Any],
+    made_by: Callable[[dict[str, Any]], dict[str, Any]],
+    search_log: SearchLog,
+    started: float,
+) -> dict[str, Any]:
+    """Writes and prints the scheme that the gradient says is best: no search follows."""
+    out_dir = search_log.out_dir
+    found = {
+        "score": optimum.score,
+        "bias_score": problem.gains_of(optimum.genome)[0],
+        "memory_bytes": problem.memory_bytes(optimum.genome),
+        **facts,
+        "seconds": time.monotonic() - started,
+    }
+    scheme = problem.scheme(optimum.genome, made_by(found))
+    scheme.save(out_dir / "scheme.json")
+    report = {**found, "layers": updated_layers(problem, optimum.genome)}
+    write_json(out_dir / "report.json", report)
+    search_log.finish(report)
+    print_computed(report, scheme, out_dir)
     return report
 
 

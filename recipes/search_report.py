@@ -13,11 +13,13 @@ import wandb
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.contributions import Contribution, ContributionTable
 from microtune.modules.scheme_optimum import Optimum
-from microtune.modules.scheme_search import SearchProblem
+from microtune.modules.scheme_search import Genome, SearchProblem
+from microtune.modules.training_memory import extra_memory_per_layer
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.whole_files import whole_file
 from microtune.recipes.memory_figures import KIB
 from microtune.recipes.run_folder import LoggerName, make_loggers, wandb_run
+from microtune.recipes.search_setup import NATS
 from microtune.recipes.search_state import SearchState
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,8 @@ class SearchLog:
         # immutable: taken from the run's folder when it is synced, not copied elsewhere first
         artifact.add_file(str(self.out_dir / "scheme.json"), policy="immutable", skip_cache=True)
         self.experiment.log_artifact(artifact)
-        self.experiment.log({"search": wandb.Image(str(self.out_dir / "search.png"))})
+        if (self.out_dir / "search.png").exists():
+            self.experiment.log({"search": wandb.Image(str(self.out_dir / "search.png"))})
         wandb.finish()
 
 
@@ -132,10 +135,14 @@ def print_report(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) ->
         f"{report['memory_bytes'] / KIB:.1f} KiB of {report['memory']} memory, within "
         f"{report['budget_bytes'] / KIB:.1f} KiB{whose}"
     )
-    print(
-        f"sum of gains {report['score'] * 100:.2f} points, proven optimum {report['optimum_score'] * 100:.2f}, "
-        f"random search {report['random_score'] * 100:.2f}, with blind repair {report['random_blind_score'] * 100:.2f}"
-    )
+    names = ("score", "optimum_score", "random_score", "random_blind_score")
+    if report["score_unit"] == NATS:
+        found, best, at_random, blind = (f"{report[name]:.4g}" for name in names)
+        said = f"predicted decrease of the loss {found} {NATS}"
+    else:
+        found, best, at_random, blind = (f"{report[name] * 100:.2f}" for name in names)
+        said = f"sum of gains {found} points"
+    print(f"{said}, proven optimum {best}, random search {at_random}, with blind repair {blind}")
     if report["fitness"] == "accuracy":
         print(f"best validation accuracy of a trial: {report['best_fitness']:.2%} of {report['evaluations']} trials")
     for finalist in report.get("finalists", []):
@@ -146,6 +153,46 @@ def print_report(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) ->
         )
     if report.get("rank_correlation") is not None:
         print(f"rank correlation of proxy and longer training: {report['rank_correlation']:.2f}")
+    print(f"scheme: {out_dir / 'scheme.json'}, report: {out_dir / 'report.json'}, {report['seconds']:.0f} s")
+
+
+def updated_layers(problem: SearchProblem, genome: Genome) -> list[dict[str, Any]]:
+    """Each layer whose weight is updated: its channels, what it adds to extra memory in bytes, and its score."""
+    scheme, convolutions = problem.scheme(genome), problem.peak_memory.operations.convolutions
+    gains = dict(zip(problem.layers, problem.gains_of(genome)[1:], strict=True))
+    return [
+        {
+            "layer": memory.name,
+            "updated_channels": scheme.updated_channels(convolution),
+            "in_channels": convolution.in_channels,
+            "extra_bytes": memory.input_bytes + memory.weight_bytes,
+            "predicted_gain": gains[memory.name],
+        }
+        for convolution, memory in zip(convolutions, extra_memory_per_layer(convolutions, scheme), strict=True)
+        if memory.name in scheme.weights
+    ]
+
+
+def print_computed(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) -> None:
+    """Prints a scheme that a gradient says is best, layer by layer."""
+    whose = f" of {report['mcu']}" if report["mcu"] else ""
+    layers = report["layers"]
+    width = max([len("layer"), *(len(layer["layer"]) for layer in layers)])
+    print(f"{'layer':{width}}  channels updated  extra memory, KiB  gain, {NATS}")
+    for layer in layers:
+        channels = f"{layer['updated_channels']} of {layer['in_channels']}"
+        extra = f"{layer['extra_bytes'] / KIB:.2f}"
+        print(f"{layer['layer']:{width}}  {channels:>16}  {extra:>17}  {layer['predicted_gain']:.4g}")
+    print(f"biases of the last {scheme.bias_depth} convolutions: gain {report['bias_score']:.4g}")
+    print(f"predicted decrease of the loss {report['score']:.4g} {NATS}, the most within the budget")
+    print(
+        f"{report['memory_bytes'] / KIB:.1f} KiB of {report['memory']} memory, within "
+        f"{report['budget_bytes'] / KIB:.1f} KiB{whose}"
+    )
+    print(
+        f"from one backward pass over {report['choice_samples']} samples, with a classifier fitted to them "
+        f"(top-1 on the same samples {report['classifier_top1']:.2%})"
+    )
     print(f"scheme: {out_dir / 'scheme.json'}, report: {out_dir / 'report.json'}, {report['seconds']:.0f} s")
 
 

@@ -26,10 +26,14 @@ from torch import nn
 
 from microtune.datamodules.digits import Digits
 from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.channel_choice import highest_channels
 from microtune.modules.contributions import ContributionTable
+from microtune.modules.gradient_contributions import gradient_table
 from microtune.modules.microcontrollers import MICROCONTROLLERS
 from microtune.modules.mobilenet_v2 import mobilenet_v2
 from microtune.modules.peak_memory import PeakMemory
+from microtune.modules.quantized_files import write_quantized_network
+from microtune.modules.scheme_optimum import proven_optimum
 from microtune.modules.scheme_search import SearchProblem
 from microtune.modules.training_memory import extra_memory_bytes
 from microtune.modules.update_scheme import UpdateScheme
@@ -47,6 +51,7 @@ from microtune.recipes.evolve_update_scheme import (
 )
 from microtune.recipes.memory_figures import scheme_fits
 from microtune.recipes.networks import describe_network
+from microtune.recipes.search_setup import measure_gradient
 from microtune.recipes.search_state import SearchState
 from microtune.recipes.workers import Workers
 
@@ -83,7 +88,8 @@ def call(*words, with_picture=False):
 
 def found_in(out_dir):
     report = json.loads((out_dir / "report.json").read_text())
-    state = json.loads((out_dir / "search.json").read_text())
+    searched = out_dir / "search.json"  # none where the scheme was computed
+    state = json.loads(searched.read_text()) if searched.exists() else {"fitness": [], "history": []}
     return SimpleNamespace(
         folder=out_dir,
         report=report,
@@ -623,6 +629,311 @@ def test_several_processes_find_the_same(forking, whole, words_of, monkeypatch, 
     assert found.without_seconds == whole["accuracy"].without_seconds
 
 
+# ---- by a gradient
+
+
+@pytest.fixture(scope="module")
+def by_gradient(weights):
+    """The words of a scheme from one backward pass."""
+    return (
+        *("--contributions", "gradient", "--data", "digits", "--weights", weights, "--resolution", 32),
+        *("--base_depth", 18, "--choice_samples", 70, "--memory", "extra", "--budget_kib", SMALL_BUDGET // 1024),
+        *("--logger", "none"),
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(weights):
+    """The gradient that ``by_gradient`` asks for, on the first 70 samples."""
+    settings = trial_setup.TrialSettings("digits", weights=str(weights), resolution=32, base_depth=18)
+    return measure_gradient(settings, 70, seed=0)
+
+
+@pytest.fixture(scope="module")
+def computed(by_gradient, tmp_path_factory):
+    """The scheme of all numbers of channels, of multiples of four, and of whole layers."""
+    folder = tmp_path_factory.mktemp("computed")
+    words = {"channels": (), "fours": ("--channel_multiple", 4), "layers": ("--level", "layer")}
+    return {name: call(*by_gradient, *more, "--out_dir", folder / name) for name, more in words.items()}
+
+
+DIGITS = describe_network("none", (1, 32, 32), 10)
+IN_CHANNELS = {convolution.name: convolution.in_channels for convolution in DIGITS.operations.convolutions}
+
+
+def test_computed_scheme_is_the_optimum_within_the_budget(computed, measured):
+    found = computed["channels"]
+    table = gradient_table(measured.importance, DIGITS.operations.convolutions, 18)
+    problem = SearchProblem(DIGITS.name, PeakMemory(DIGITS.operations), table, SMALL_BUDGET, "extra")
+    assert found.report["score"] == proven_optimum(problem).score > 0
+    needed = memory_bytes("extra", DIGITS, found.scheme)
+    assert SMALL_BUDGET * 0.99 < needed == found.report["memory_bytes"] <= SMALL_BUDGET == found.report["budget_bytes"]
+    assert (found.report["choice_samples"], measured.importance.samples) == (70, 70)
+    assert found.report["classifier_top1"] == measured.classifier_top1 > 0.5
+    assert found.report["score_unit"] == "nats per unit of learning rate"
+    table.save(found.folder / "again.csv")
+    assert (found.folder / "again.csv").read_bytes() == (found.folder / "contributions.csv").read_bytes()
+    assert not {"optimum.json", "search.json", "search.png"} & {path.name for path in found.folder.iterdir()}
+
+
+def test_computed_scheme_has_the_channels_of_the_highest_gain(computed, measured):
+    scheme, report = computed["channels"].scheme, computed["channels"].report
+    assert DIGITS.load_scheme(computed["channels"].folder / "scheme.json").channels
+    gains = []
+    for layer, channels in scheme.channels.items():
+        scores = measured.importance.layers[layer].loss_decrease
+        assert channels == highest_channels(scores, len(channels))
+        gains.append(scores[channels].sum().item())
+    rows = {row["layer"]: row for row in report["layers"]}
+    assert set(rows) == set(scheme.weights)
+    assert [rows[layer]["updated_channels"] for layer in scheme.channels] == list(map(len, scheme.channels.values()))
+    assert [rows[layer]["predicted_gain"] for layer in scheme.channels] == pytest.approx(gains)
+    whole = set(scheme.weights) - set(scheme.channels)
+    assert all(rows[layer]["updated_channels"] == IN_CHANNELS[layer] for layer in whole)
+    total = report["bias_score"] + sum(row["predicted_gain"] for row in rows.values())
+    assert report["score"] == pytest.approx(total)
+    of_biases = UpdateScheme(DIGITS.name, scheme.bias_depth)
+    extra = sum(row["extra_bytes"] for row in rows.values()) + memory_bytes("extra", DIGITS, of_biases)
+    assert report["memory_bytes"] == extra
+
+
+def test_multiples_of_channels_and_whole_layers(computed):
+    fours, layers = computed["fours"], computed["layers"]
+    counts = {layer: len(channels) for layer, channels in fours.scheme.channels.items()}
+    assert counts
+    assert all(count % 4 == 0 for count in counts.values())
+    assert any(len(channels) % 4 for channels in computed["channels"].scheme.channels.values())
+    assert layers.scheme.channels == {}
+    assert set(layers.scheme.weights.values()) == {1.0}
+    scores = [computed[name].report["score"] for name in ("layers", "fours", "channels")]
+    assert scores == sorted(set(scores))
+    assert (fours.report["channel_multiple"], layers.report["level"]) == (4, "layer")
+
+
+def test_provenance_says_how_to_compute_the_scheme_again(computed, tmp_path):
+    provenance = computed["fours"].scheme.provenance
+    table = (computed["fours"].folder / "contributions.csv").read_bytes()
+    assert provenance["contributions_sha256"] == hashlib.sha256(table).hexdigest()
+    assert provenance["contributions_arguments"] is None
+    assert provenance["found"]["choice_samples"] == 70
+    words = shlex.split(provenance["command"])[3:]
+    assert words[:2] == ["--contributions", "gradient"]
+    assert not {"--steps", "--trial_seeds", "--final_seeds", "--finalists"} & set(words)
+    again = call(*words, "--logger", "none", "--out_dir", tmp_path / "again")
+    assert (chosen(again.scheme), again.scheme.channels) == (
+        chosen(computed["fours"].scheme),
+        computed["fours"].scheme.channels,
+    )
+    assert again.without_seconds == computed["fours"].without_seconds
+
+
+def test_output_tells_what_is_updated_layer_by_layer(command, computed, by_gradient, tmp_path):
+    ended = command(RECIPE, *by_gradient, "--finalists", 0, "--out_dir", tmp_path / "out")
+    assert ended.status == 0, ended.errors
+    report, lines = computed["channels"].report, ended.output.splitlines()
+    assert re.split(" {2,}", lines[0]) == [
+        *("layer", "channels updated", "extra memory, KiB", "gain, nats per unit of learning rate")
+    ]
+    for line, row in zip(lines[1:], report["layers"], strict=False):
+        assert re.split(" {2,}", line) == [
+            row["layer"], f"{row['updated_channels']} of {row['in_channels']}", f"{row['extra_bytes'] / 1024:.2f}",
+            f"{row['predicted_gain']:.4g}",
+        ]  # fmt: skip
+    depth = computed["channels"].scheme.bias_depth
+    assert lines[1 + len(report["layers"]) :] == [
+        f"biases of the last {depth} convolutions: gain {report['bias_score']:.4g}",
+        f"predicted decrease of the loss {report['score']:.4g} nats per unit of learning rate, the most within the "
+        "budget",
+        f"{report['memory_bytes'] / 1024:.1f} KiB of extra memory, within 30.0 KiB",
+        "from one backward pass over 70 samples, with a classifier fitted to them (top-1 on the same samples "
+        f"{report['classifier_top1']:.2%})",
+        lines[-1],
+    ]
+    assert lines[-1].startswith(f"scheme: {tmp_path / 'out/scheme.json'}, report: ")
+
+
+def test_computed_scheme_of_a_microcontroller(by_gradient, tmp_path):
+    words = ("--memory", "peak", "--budget_kib", "null", "--sram_bytes", 80_000, "--reserve_bytes", 32_000)
+    words += ("--flash_bytes", 10**6, "--channel_multiple", 4)
+    found = call(*by_gradient, *words, "--out_dir", tmp_path / "out")
+    peak_bytes = PeakMemory(DIGITS.operations).peak_bytes(found.scheme)
+    assert 47_000 < peak_bytes == found.report["memory_bytes"] <= 48_000 == found.report["budget_bytes"]
+    assert found.report["mcu"] == "custom"
+    assert found.scheme.channels
+
+
+def test_computed_scheme_of_an_int8_network(small_graph, small_tensors, tiny_cifar, tmp_path):
+    write_quantized_network(tmp_path / "small.safetensors", small_graph, small_tensors)
+    words = ("--contributions", "gradient", "--network", tmp_path / "small.safetensors", "--data", "cifar10")
+    words += ("--data_dir", tiny_cifar, "--resolution", 32, "--base_depth", 6, "--memory", "extra", "--budget_kib", 9)
+    found = call(*words, "--logger", "none", "--out_dir", tmp_path / "out")
+    described = describe_network(str(tmp_path / "small.safetensors"), (3, 32, 32), 10)
+    scheme = described.load_scheme(tmp_path / "out/scheme.json")
+    assert scheme.channels
+    assert memory_bytes("extra", described, scheme) == found.report["memory_bytes"] <= 9 * 1024
+    assert found.report["choice_samples"] == 90  # as many as there are to train on
+    assert found.report["score"] > 0
+
+
+def test_computed_again_where_it_was_killed(computed, by_gradient, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("config.yaml", "contributions.csv"):
+        shutil.copy(computed["channels"].folder / name, tmp_path / "out")
+    resumed = call(*by_gradient, "--resume", "true", "--out_dir", tmp_path / "out")
+    assert resumed.without_seconds == computed["channels"].without_seconds
+
+
+def test_another_gradient_is_not_gone_on_with(computed, command, by_gradient, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(computed["channels"].folder / "config.yaml", tmp_path / "out")
+    kept = tmp_path / "out/contributions.csv"
+    kept.write_text((computed["channels"].folder / "contributions.csv").read_text().replace("bias,1,", "bias,1,1"))
+    before = kept.read_bytes()
+    error = resumed_with_error(command, by_gradient, tmp_path / "out")
+    assert error == (
+        f"the gradient is not what it was when {kept} was written: the data, the weights or the machine have changed: "
+        "start the search anew without --resume\n"
+    )
+    assert kept.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def by_gradient_and_accuracy(by_gradient):
+    return (*by_gradient, "--fitness", "accuracy", "--evaluations", 40, "--population", 8, "--finalists", 2)
+
+
+@pytest.fixture(scope="module")
+def judged_by_gradient(by_gradient_and_accuracy, tmp_path_factory):
+    """A search by accuracy that a gradient begins."""
+    with pytest.MonkeyPatch.context() as patch:
+        trained = in_place_of_training(patch)
+        found = call(*by_gradient_and_accuracy, "--out_dir", tmp_path_factory.mktemp("by gradient") / "out")
+    found.trials = [one for one in trained.calls if one.settings.steps == 100]
+    found.finals = trained.calls[len(found.trials) :]
+    return found
+
+
+def updates(scheme):
+    """What of a scheme as plain values is updated."""
+    return {name: value for name, value in scheme.items() if name != "provenance"}
+
+
+def test_search_by_accuracy_begins_with_the_computed_scheme(judged_by_gradient, computed):
+    expected = updates(computed["channels"].scheme.to_dict())
+    assert updates(judged_by_gradient.trials[0].schemes[0]) == expected
+    assert updates(UpdateScheme.load(judged_by_gradient.folder / "optimum.json").to_dict()) == expected
+    assert judged_by_gradient.report["optimum_score"] == computed["channels"].report["score"]
+    assert expected in [updates(scheme) for scheme in judged_by_gradient.finals[0].schemes]
+
+
+def test_every_scheme_is_trained_with_the_channels_of_the_highest_gain(judged_by_gradient, measured):
+    schemes = [scheme for one in judged_by_gradient.trials for scheme in one.schemes]
+    assert len(schemes) == 40
+    for scheme in [*schemes, *judged_by_gradient.finals[0].schemes, judged_by_gradient.scheme.to_dict()]:
+        assert memory_bytes("extra", DIGITS, UpdateScheme.from_dict(scheme)) <= SMALL_BUDGET
+        for layer, ratio in scheme["weights"].items():
+            count = math.floor(ratio * IN_CHANNELS[layer] + 1e-9)
+            scores = measured.importance.layers[layer].loss_decrease
+            fixed = scheme["channels"].get(layer, list(range(IN_CHANNELS[layer])))
+            assert fixed == highest_channels(scores, count)
+    assert len({layer for scheme in schemes for layer in scheme["channels"]}) > 5
+
+
+def test_search_of_multiples_and_of_whole_layers(by_gradient_and_accuracy, trained, tmp_path):
+    for name, words in {"fours": ("--channel_multiple", 4), "layers": ("--level", "layer")}.items():
+        trained.calls.clear()
+        call(*by_gradient_and_accuracy, *words, "--out_dir", tmp_path / name)
+        schemes = [scheme for one in trained.calls for scheme in one.schemes]
+        counts = {len(channels) % 4 for scheme in schemes for channels in scheme["channels"].values()}
+        assert counts == ({0} if name == "fours" else set())
+        assert any(scheme["weights"] for scheme in schemes)
+
+
+def test_output_of_a_search_by_gradient_has_its_unit(by_gradient_and_accuracy, trained, command, tmp_path):
+    ended = command(RECIPE, *by_gradient_and_accuracy, "--out_dir", tmp_path / "out")
+    report = found_in(tmp_path / "out").report
+    said = f"predicted decrease of the loss {report['score']:.4g} nats per unit of learning rate, proven optimum "
+    assert said + f"{report['optimum_score']:.4g}, random search {report['random_score']:.4g}, " in ended.output
+    assert "points" not in ended.output
+
+
+def test_search_by_gradient_stopped_and_resumed(
+    by_gradient_and_accuracy, judged_by_gradient, trained, command, tmp_path
+):
+    def stop(call, index):
+        if call == 3:
+            raise KeyboardInterrupt
+
+    trained.lost = stop
+    assert command(RECIPE, *by_gradient_and_accuracy, "--out_dir", tmp_path / "out").status == 130
+    assert generation_in(tmp_path / "out") == 2
+    trained.lost = lambda call, index: False
+    resumed = call(*by_gradient_and_accuracy, "--resume", "true", "--out_dir", tmp_path / "out")
+    assert resumed.fitness == judged_by_gradient.fitness
+    assert updates(resumed.scheme.to_dict()) == updates(judged_by_gradient.scheme.to_dict())
+    assert resumed.without_seconds == judged_by_gradient.without_seconds
+
+
+def test_really_trained_by_gradient(by_gradient, weights, tmp_path):
+    words = ("--fitness", "accuracy", "--evaluations", 6, "--population", 4, "--steps", 4, "--learning_rate", 1.0)
+    found = call(*by_gradient, *words, "--finalists", 0, "--out_dir", tmp_path / "out")
+    settings = trial_setup.TrialSettings(
+        "digits", weights=str(weights), resolution=32, base_depth=18, steps=4, learning_rate=1.0
+    )
+    optimum = UpdateScheme.load(tmp_path / "out/optimum.json")
+    assert trial_setup.accuracy(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
+
+
+def test_whole_layers_and_multiples_of_a_measured_table(small, tmp_path):
+    layers = call(*small, "--evaluations", 60, "--level", "layer", "--out_dir", tmp_path / "layers")
+    assert set(layers.scheme.weights.values()) == {1.0}
+    fours = call(*small, "--evaluations", 60, "--channel_multiple", 12, "--out_dir", tmp_path / "fours")
+    counts = {layer: math.floor(ratio * IN_CHANNELS[layer]) for layer, ratio in fours.scheme.weights.items()}
+    assert all(count % 12 == 0 or count == IN_CHANNELS[layer] for layer, count in counts.items())
+
+
+def test_table_without_what_is_asked_for(refuse, small_table, tmp_path):
+    lines = small_table.read_text().splitlines(keepends=True)
+    (tmp_path / "halves.csv").write_text("".join(line for line in lines if ",1.0," not in line))
+    expected = {
+        ("--level", "layer"): "halves.csv: no weight row is of a whole layer: measure ratio 1 too, or search with "
+        "--level sub_tensor\n",
+        ("--channel_multiple", 100): "halves.csv: no weight row is of a whole layer or a multiple of 100 channels: "
+        "measure ratio 1 too, or give a smaller --channel_multiple\n",
+    }
+    for words, message in expected.items():
+        assert refuse("--contributions", "halves.csv", *words) == message
+
+
+WITH_GRADIENT = ("--contributions", "gradient", "--data", "digits")
+GRADIENT_MISTAKES = {
+    "no data": (("--contributions", "gradient"), "a gradient is that of training samples: say of what with --data"),
+    "all microcontrollers": ((*WITH_GRADIENT, "--all_mcus", "true"), "all_mcus searches by a measured table: give its"),
+    "missing layers": ((*WITH_GRADIENT, "--allow_missing_layers", "true"), "and a gradient misses none: leave it out"),
+    **{
+        name: ((*WITH_GRADIENT, f"--{name}", 3), f"{name} is 3, but by the gradient alone the best scheme is computed, "
+               f"not searched for: leave --{name} out, or train schemes with --fitness accuracy")
+        for name in ("evaluations", "population", "finalists")
+    },
+    "depth 0": ((*WITH_GRADIENT, "--base_depth", 0), "base_depth is 0: give 1 or more"),
+    "depth 52": ((*WITH_GRADIENT, "--base_depth", 52), "base_depth is 52: give no more than the 51 convolutions"),
+    "no samples": ((*WITH_GRADIENT, "--choice_samples", 0), "choice_samples is 0: give 1 or more"),
+    "multiple 0": (("--channel_multiple", 0), "channel_multiple is 0: give 1 or more"),
+    "unknown level": (("--level", "channel"), "level is .*channel.*: give one of 'sub_tensor', 'layer'"),
+    "depth of a table": (("--base_depth", 9), "base_depth is 9, but a table brings its own: leave it out, or --con"),
+    "samples of a table": (("--choice_samples", 9), "choice_samples is 9, but a table brings its own: leave it out"),
+    "a file of that name": (("--contributions", "./gradient"), "gradient: cannot read the contribution table: No such"),
+    "too small": ((*WITH_GRADIENT, "--budget_kib", 0.01), "budget_bytes is 10 of extra memory, but the smallest sch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", GRADIENT_MISTAKES)
+def test_wrong_input_of_a_gradient(mistake, refuse):
+    changes, message = GRADIENT_MISTAKES[mistake]
+    error = refuse(*changes)
+    assert re.search(message, error), error
+
+
 # ---- all microcontrollers
 
 
@@ -724,6 +1035,19 @@ def test_offline_run_holds_course_table_and_scheme(command, offline_run, small, 
 
     unlogged = call(*words, "--out_dir", tmp_path / "unlogged")
     assert (unlogged.fitness, chosen(unlogged.scheme)) == (found.fitness, chosen(found.scheme))
+
+
+def test_offline_run_of_a_computed_scheme(command, offline_run, by_gradient, monkeypatch, tmp_path):
+    for name, value in {"WANDB_MODE": "offline", "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    ended = command(RECIPE, *by_gradient, "--level", "layer", "--logger", "wandb", "--out_dir", tmp_path / "out")
+    wandb.teardown()
+    assert ended.status == 0, ended.errors
+    logged, found = offline_run(tmp_path / "out"), found_in(tmp_path / "out")
+    (artifact,) = (artifact for artifact in logged.artifacts if artifact.type == "update-scheme")
+    assert json.loads(artifact.metadata) == found.scheme.to_dict()
+    assert logged.summary["score"] == found.report["score"]
+    assert logged.summary["score_unit"] == "nats per unit of learning rate"
 
 
 # ---- wrong input

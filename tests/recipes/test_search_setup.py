@@ -5,6 +5,7 @@ import random
 import shlex
 
 import pytest
+import torch
 
 from microtune.modules.contributions import ContributionTable
 from microtune.modules.microcontrollers import MICROCONTROLLERS
@@ -18,6 +19,7 @@ from microtune.recipes.search_setup import (
     all_budgets,
     budget_of,
     good_guesses,
+    measure_gradient,
     provenance_of,
     searched_network,
 )
@@ -147,6 +149,25 @@ def test_provenance_of_what_trains_nothing(tmp_path):
     provenance = provenance_of("evolve_update_scheme", arguments, table, Budget("extra", 1024), {})
     assert shlex.split(provenance["command"])[3:] == ["--contributions", str(table), "--resolution", "32"]
     assert provenance["contributions_arguments"] == {"data": "digits", "steps": 20}
+
+
+@pytest.mark.parametrize(("asked", "measured"), [(70, 70), (10**6, 90)])
+def test_gradient_is_of_as_many_samples_as_asked_for_or_there_are(asked, measured, tiny_cifar):
+    """The first of the training's order: the same ones every time, and nothing else is drawn."""
+    settings = TrialSettings("cifar10", str(tiny_cifar), width=0.35, resolution=32, base_depth=3)
+    state = torch.get_rng_state()
+    found = [measure_gradient(settings, asked, seed) for seed in (0, 0, 1)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert [one.importance.samples for one in found] == [measured] * 3
+    assert len(found[0].importance.layers) == 3
+    of_samples = [[layer.activation for layer in one.importance.layers.values()] for one in found]
+    first, again, other = map(torch.cat, of_samples)
+    assert torch.equal(first, again)
+    largest = first.max()
+    if asked < 90:
+        assert not torch.allclose(first / largest, other / largest, rtol=1e-4, atol=0)
+    else:  # all of them, in another order
+        assert torch.allclose(first / largest, other / largest, rtol=1e-4, atol=1e-6)
 
 
 def test_trials_need_a_validation_split(tiny_cifar):
