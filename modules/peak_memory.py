@@ -128,6 +128,11 @@ class PeakMemory:
         """The peak where the classifier alone is updated: no scheme needs less."""
         return self.peak_bytes(UpdateScheme("", bias_depth=0))
 
+    @property
+    def inference_peak_bytes(self) -> int:
+        """The peak of a forward pass alone, whose weights stay in flash; logits count 4 bytes each, as in training."""
+        return int(self.rows(bias_depth=0).constant[CATEGORIES.index("activations")].max())
+
     def peak_bytes(self, scheme: UpdateScheme) -> int:
         """The peak under one scheme.
 

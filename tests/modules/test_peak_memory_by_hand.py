@@ -114,6 +114,29 @@ def test_inverted_residual_with_the_classifier_only():
     assert peak == resident + depthwise_beside_its_input
 
 
+def test_inference_keeps_activations_alone():
+    project = (
+        4 * 8 * 8  # stem, held until it is added
+        + 24 * 8 * 8  # depthwise
+        + 4 * 8 * 8  # project
+    )
+    assert PeakMemory(INVERTED_RESIDUAL).inference_peak_bytes == project
+    depthwise_beside_its_input = (
+        4 * 8 * 8  # stem, held until it is added
+        + 24 * 8 * 8  # expand
+        + 24 * 8 * 8  # depthwise
+    )
+    not_in_place = PeakMemory(INVERTED_RESIDUAL, depthwise_in_place=False, optimizer_state="adam")
+    assert not_in_place.inference_peak_bytes == depthwise_beside_its_input
+
+    # where training the classifier is the highest moment, inference needs less than the peak without its weights
+    stem = (
+        3 * 8 * 8  # image
+        + 8 * 8 * 8  # stem
+    )
+    assert PeakMemory(BRANCHES, gradient_accumulation=True).inference_peak_bytes == stem
+
+
 def test_inverted_residual_with_all_biases():
     scheme = UpdateScheme("inverted residual", 4)
     resident = (
