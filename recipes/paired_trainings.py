@@ -2,18 +2,17 @@
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import logging
-import math
 import os
 import shutil
 import statistics
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ import wandb
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 
-from microtune.datamodules.progress import progress_bar
 from microtune.modules.scheme_search import Memory
+from microtune.modules.student_interval import interval
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_file, write_json
@@ -37,11 +35,11 @@ from microtune.recipes.memory_figures import KIB
 from microtune.recipes.run_folder import LoggerName, make_loggers, wandb_run
 from microtune.recipes.shared_folder import CLAIMS, open_shared_folder
 from microtune.recipes.training import train
+from microtune.recipes.watched_files import watched
 from microtune.recipes.workers import Workers
 
 log = logging.getLogger(__name__)
 
-CONFIDENCE = 0.95
 # they would say for every training what they have said, or what the summary says
 QUIET = (
     "lightning.pytorch",
@@ -98,9 +96,9 @@ class Row:
 
 
 @contextlib.contextmanager
-def opened_folder(out_dir: Path, arguments: dict[str, Any]) -> Iterator[None]:
+def opened_folder(out_dir: Path, arguments: dict[str, Any], may_change: Container[str] = MAY_CHANGE) -> Iterator[None]:
     """Makes the folder, or checks that the comparison in it is this one; it is this process's in the block."""
-    open_shared_folder(out_dir, arguments, MAY_CHANGE)
+    open_shared_folder(out_dir, arguments, may_change)
     try:
         held = FileLock(out_dir / CLAIMS / "comparison.lock", timeout=0).acquire()
     except Timeout as error:
@@ -156,36 +154,6 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def watched(trainings: Sequence[Training], memory: Memory, out_dir: Path, every_seconds: float = 1) -> Iterator[None]:
-    """Writes results and shows how far the trainings are, while they run in the block."""
-    began, known = time.monotonic(), sum(training.report_file.exists() for training in trainings)
-    stop = threading.Event()
-    with progress_bar() as progress:
-        bar = progress.add_task("trainings", total=len(trainings), completed=known)
-
-        def watch() -> None:
-            shown = known
-            while not stop.wait(every_seconds):
-                done = sum(training.report_file.exists() for training in trainings)
-                if done == shown:
-                    continue
-                shown = done
-                keep_results(trainings, memory, out_dir)
-                progress.update(bar, completed=done)
-                if progress.disable:
-                    left = (time.monotonic() - began) / (done - known) * (len(trainings) - done)
-                    log.info("%d of %d trainings, %.0f s left at this pace", done, len(trainings), left)
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            watcher.join()
-
-
 def keep_results(trainings: Sequence[Training], memory: Memory, out_dir: Path) -> list[Row]:
     """The rows of all trainings that are done, which ``results.csv`` has then too."""
     rows = []
@@ -234,7 +202,9 @@ def train_and_compare(
         UserError: Nothing was trained.
     """
     started = time.monotonic()
-    with watched(trainings, memory, out_dir), Workers(processes) as workers:
+    files = [training.report_file for training in trainings]
+    keep = functools.partial(keep_results, trainings, memory, out_dir)
+    with watched(files, "trainings", keep), Workers(processes) as workers:
         failures = workers.map(train_once, [training for training in trainings if not training.report_file.exists()])
     rows = keep_results(trainings, memory, out_dir)
     failures = [failure for failure in failures if failure]
@@ -280,21 +250,6 @@ def compare(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
             entry["interval"] = interval(differences)
         compared.append(entry)
     return compared
-
-
-def interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Student's confidence interval of the mean; None of fewer than two values.
-
-    Example::
-
-        interval([0.01, 0.02, 0.03])  # (-0.0048..., 0.0448...)
-    """
-    count = len(differences)
-    if count < 2:
-        return None
-    half = student_t.ppf((1 + confidence) / 2, count - 1) * statistics.stdev(differences) / math.sqrt(count)
-    mean = statistics.mean(differences)
-    return float(mean - half), float(mean + half)
 
 
 def draw_comparison(report: dict[str, Any], title: str, path: Path) -> None:

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import logging
-import math
 import statistics
 import time
 
@@ -19,16 +18,15 @@ from microtune.recipes.paired_trainings import (
     Training,
     compare,
     draw_comparison,
-    interval,
     keep_results,
     opened_folder,
     print_report,
     train_once,
-    watched,
 )
+from microtune.recipes.watched_files import watched
 
 SCHEME = UpdateScheme("mobilenet_v2-w0.35", 12, {"features.16.conv.0.0": 0.5, "features.14.conv.0.0": 1.0})
-STUDENT_T_OF_2, STUDENT_T_OF_3 = 12.7062, 4.30265  # of two and three seeds at 95 %, from a printed table
+STUDENT_T_OF_2 = 12.7062  # of two seeds at 95 %, from a printed table
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -133,7 +131,8 @@ def test_trainings_are_quiet(trainings, pretended, capsys, caplog):
 
 def test_results_are_written_as_soon_as_they_are_known(trainings, pretended, tmp_path):
     """By the watcher, while others train."""
-    with watched(trainings, "extra", tmp_path, every_seconds=0.01):
+    files = [training.report_file for training in trainings]
+    with watched(files, "trainings", lambda: keep_results(trainings, "extra", tmp_path), every_seconds=0.01):
         train_once(trainings[0])
         for _ in range(200):
             if (tmp_path / "results.csv").exists():
@@ -185,13 +184,6 @@ def test_folder_is_one_comparison_of_one_process(tmp_path):
 
 
 # ---- statistics
-
-
-def test_interval_by_hand():
-    half = STUDENT_T_OF_3 * 0.01 / math.sqrt(3)
-    assert interval([0.01, 0.02, 0.03]) == pytest.approx((0.02 - half, 0.02 + half), rel=1e-5)
-    assert interval([0.02, 0.02]) == (0.02, 0.02)
-    assert interval([0.02]) is None
 
 
 def test_compare_takes_the_seeds_that_both_have():
