@@ -1,4 +1,4 @@
-"""When the channels of an update scheme are chosen in training, and by which samples."""
+"""The samples by which the channels of an update scheme are chosen in training."""
 
 import math
 import random
@@ -17,29 +17,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from microtune.modules.user_error import UserError
 
 
-def is_due(step: int, chosen_at_step: int | None, rechoose_every: int) -> bool:
-    """Whether channels are to be chosen before an optimizer step: for the first time, or anew.
-
-    Args:
-        step: How many steps the optimizers have taken.
-        chosen_at_step: How many they had taken when channels were chosen last; None if they never were.
-        rechoose_every: Steps from one choice to the next; 0 if the first one stays.
-
-    Example::
-
-        is_due(200, chosen_at_step=100, rechoose_every=100)  # True, and until the choice is made
-    """
-    if chosen_at_step is None:
-        return True
-    # not the remainder: several optimizers may step over a multiple
-    return rechoose_every > 0 and step // rechoose_every > chosen_at_step // rechoose_every
-
-
 @contextmanager
 def first_batches(
     trainer: Trainer, pl_module: LightningModule, samples: int, seed: int
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """The first batches of the training loader in the current epoch's order, as the training step would get them.
+
+    The order is that of samplers with a seed of their own, as this project's have; another is drawn from ``seed``.
 
     The loader's own iterator and workers and all random state are left as they were. Under DDP every process gets its
     part of the samples.

@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from microtune.callbacks.channel_choosing import averaging_callback, first_batches, is_due
-from microtune.modules.channel_choice import choose_channels, seed_at_step, to_be_chosen
+from microtune.callbacks.channel_choosing import averaging_callback, first_batches
+from microtune.modules.channel_choice import choose_channels, is_due, seed_at_step, to_be_chosen
 from microtune.modules.channel_importance import (
     WITHOUT_DATA,
     Criterion,

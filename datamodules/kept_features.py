@@ -24,6 +24,7 @@ KeepName = Literal["memory", "disk", "none"]
 Split = Literal["train", "val", "test"]
 MIB = 1024 * 1024
 SAMPLES_AT_ONCE = 64
+FEW_BATCHES = 8
 Batch = tuple[Tensor, Tensor]
 
 
@@ -178,7 +179,8 @@ class TrunkFeatures:
         loader = DataLoader(
             own.dataset,
             batch_sampler=batches,
-            num_workers=own.num_workers,
+            # starting processes takes longer than a few batches
+            num_workers=own.num_workers if len(batches) > FEW_BATCHES else 0,
             collate_fn=own.collate_fn,
             generator=torch.Generator(),  # without its own, a loader draws a number from the global one per pass
         )

@@ -62,6 +62,24 @@ def choose_channels(
     return chosen
 
 
+def is_due(step: int, chosen_at_step: int | None, rechoose_every: int) -> bool:
+    """Whether channels are to be chosen before an optimizer step: for the first time, or anew.
+
+    Args:
+        step: How many steps the optimizers have taken.
+        chosen_at_step: How many they had taken when channels were chosen last; None if they never were.
+        rechoose_every: Steps from one choice to the next; 0 if the first one stays.
+
+    Example::
+
+        is_due(200, chosen_at_step=100, rechoose_every=100)  # True, and until the choice is made
+    """
+    if chosen_at_step is None:
+        return True
+    # not the remainder: several optimizers may step over a multiple
+    return rechoose_every > 0 and step // rechoose_every > chosen_at_step // rechoose_every
+
+
 def seed_at_step(seed: int, step: int) -> int:
     """Seed of a random choice that is made before an optimizer step; before the first one it is ``seed`` itself."""
     return seed if step == 0 else seed * 1_000_003 + step

@@ -3,12 +3,13 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from microtune.modules.numbered_lines import numbered_lines
 from microtune.modules.operations import Convolution
 from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
@@ -227,7 +228,7 @@ def _check_weight(row: Contribution, convolution: Convolution, depth: int) -> No
 def _parse(text: str) -> list[Contribution]:
     if "\0" in text:
         raise UserError("this is a binary file, not a contribution table in CSV")
-    lines = _lines(text)
+    lines = numbered_lines(text)
     columns = next(lines, (0, None))[1]
     if columns is None:
         raise UserError(f"the file is empty: a contribution table has the columns {','.join(COLUMNS)}")
@@ -244,17 +245,6 @@ def _parse(text: str) -> list[Contribution]:
         line_of[_key(row)] = line
         rows.append(row)
     return rows
-
-
-def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each line that is not blank."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for fields in reader:
-            if fields:
-                yield reader.line_num, fields
-    except csv.Error as error:
-        raise UserError(f"line {reader.line_num}: not valid CSV, perhaps cut off: {error}") from error
 
 
 def _check_columns(columns: list[str]) -> None:

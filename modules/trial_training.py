@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from microtune.datamodules.kept_features import Batch, Split, TrunkFeatures
-from microtune.modules.channel_choice import choose_channels, seed_at_step, to_be_chosen
+from microtune.modules.channel_choice import choose_channels, is_due, seed_at_step, to_be_chosen
 from microtune.modules.channel_importance import WITHOUT_DATA, Criterion, DivergedError, measure_importance
 from microtune.modules.classifier import learning_rate_factor
 from microtune.modules.fitted_classifier import measure_with_fitted_classifier
@@ -38,12 +38,6 @@ class Choice:
     criterion: Criterion = "weight_norm"
     rechoose_every: int = 0
     samples: int = 256
-
-    def is_due(self, step: int) -> bool:
-        """Whether channels are chosen before a step; before the first one they are those of the largest weights."""
-        if step == 0:
-            return self.criterion != "weight_norm"
-        return self.rechoose_every > 0 and step % self.rechoose_every == 0
 
 
 class TrialTraining:
@@ -126,8 +120,10 @@ class TrialTraining:
         choice = choice or Choice()
         peak = self.learning_rate if learning_rate is None else learning_rate
         candidates = [self._candidate(scheme, seed) for scheme in schemes]
+        chosen_at_step = 0 if choice.criterion == "weight_norm" else None  # candidates begin with the largest weights
         for step, (features, labels) in enumerate(self.features.training_batches(self.batch_size, seed, self.steps)):
-            if choice.is_due(step):
+            if is_due(step, chosen_at_step, choice.rechoose_every):
+                chosen_at_step = step
                 samples = self._choosing_batches(choice, seed, step)
                 for candidate in candidates:
                     candidate.choose(choice.criterion, seed, step, samples)

@@ -39,12 +39,13 @@ from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_file, write_json
 from microtune.recipes.command_line import check_at_least_one, listed, run
-from microtune.recipes.evolve_update_scheme import POPULATION, evolve, good_guesses, make_toolbox
+from microtune.recipes.evolve_update_scheme import POPULATION
 from microtune.recipes.finalists import train_finalists
+from microtune.recipes.genetic_algorithm import evolve, make_toolbox
 from microtune.recipes.memory_figures import KIB
 from microtune.recipes.networks import DescribedNetwork
 from microtune.recipes.run_folder import new_folder, plain, read_config
-from microtune.recipes.search_setup import Budget, budget_of, make_problem
+from microtune.recipes.search_setup import Budget, budget_of, good_guesses, make_problem
 from microtune.recipes.search_state import SearchState
 from microtune.recipes.shared_folder import open_shared_folder
 from microtune.recipes.trial_setup import TrialSettings, accuracy, described_by

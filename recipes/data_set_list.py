@@ -1,5 +1,6 @@
 """The data sets that a comparison goes over: a file that says of each its place, its networks and learning rates."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from microtune.modules.user_error import UserError
+from microtune.modules.whole_files import write_json
 from microtune.recipes.data_sets import DataName
 from microtune.recipes.trial_setup import TrialSettings
 
@@ -73,6 +75,30 @@ class DataSet:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def keep_sources(data_sets: dict[str, DataSet], out_dir: Path) -> None:
+    """Writes the hashes of the networks' files into the folder, or refuses to go on with others than lie there.
+
+    Raises:
+        UserError: A file is not what it was when the work in the folder began, or cannot be read.
+    """
+    path = out_dir / "sources.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for data_set in data_sets.values():
+        for file in (data_set.weights, data_set.int8_network):
+            if file is None or file in ("none", "torchvision"):
+                continue
+            try:
+                found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            except OSError as error:
+                raise UserError(f"{file}: cannot read the network: {error.strerror}") from error
+            if known.setdefault(file, found) != found:
+                raise UserError(
+                    f"{file} is not what it was when the work in {out_dir} began, and what was measured with either "
+                    "does not compare: give another --out_dir"
+                )
+    write_json(path, known)
 
 
 def load_data_sets(path: Path | str, names: Sequence[str] | None = None) -> dict[str, DataSet]:

@@ -18,24 +18,24 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from deap import base, tools
+from deap import tools
 
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.contributions import ContributionTable
-from microtune.modules.scheme_optimum import Optimum, proven_optimum
-from microtune.modules.scheme_search import Genome, Memory, SearchProblem, random_search
+from microtune.modules.scheme_optimum import proven_optimum
+from microtune.modules.scheme_search import Genome, Memory, random_search
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import write_json
 from microtune.recipes.command_line import check_at_least_one, flat, run
 from microtune.recipes.finalists import train_finalists
+from microtune.recipes.genetic_algorithm import evolve, make_toolbox
 from microtune.recipes.networks import DescribedNetwork
 from microtune.recipes.run_folder import (
     LoggerName,
@@ -57,21 +57,22 @@ from microtune.recipes.search_report import (
 from microtune.recipes.search_setup import (
     GRADIENT,
     Level,
+    Search,
     all_budgets,
     budget_of,
-    check_table,
     good_guesses,
-    gradient_problem,
-    load_table,
+    gradient_search,
     make_problem,
     measure_gradient,
     provenance_of,
+    refuse_beside_all_mcus,
     refuse_beside_gradient,
     refuse_beside_table,
     refuse_without_data,
     rules_of_thumb,
     searched_network,
-    searched_rows,
+    searched_table,
+    table_search,
 )
 from microtune.recipes.search_state import SearchState
 from microtune.recipes.trial_setup import TrialSettings, accuracies
@@ -79,171 +80,39 @@ from microtune.recipes.workers import Workers
 
 log = logging.getLogger(__name__)
 
+RECIPE = "evolve_update_scheme"
 FitnessName = Literal["table", "accuracy"]
 POPULATION = {"table": 40, "accuracy": 16}
 EVALUATIONS = {"table": 5000, "accuracy": 200}
 FINALISTS = 4
 BASE_DEPTH = 36  # of a gradient
 CHOICE_SAMPLES = 512
-
-
-class FitnessMax(base.Fitness):
-    """One number, the higher the better."""
-
-    weights = (1.0,)
-
-
-class Individual(list):
-    """A genome as DEAP's operators change it, with its fitness."""
-
-    def __init__(self, genome: Sequence[int], fitness: float | None = None):
-        super().__init__(genome)
-        self.fitness = FitnessMax()
-        if fitness is not None:
-            self.fitness.values = (fitness,)
-
-
-# What is evolved, and why so. (mu + lambda): the best found is never lost, and a solution that took seconds of training
-# stays. Scores of different bias depths lie close together while the best ratios differ from depth to depth, so at most
-# SURVIVORS_PER_DEPTH of a depth survive, and a tenth of the children are immigrants: both keep depths in play. Under a
-# budget a single change of a ratio seldom helps, so half of the mutations move memory from one layer to another. Every
-# child is repaired and filled with gains that are a little off, else all fillings would be the greedy one.
-SURVIVORS_PER_DEPTH = 3
-IMMIGRANTS = 0.1
-CROSSOVER = 0.6
-FILLING_NOISE = 0.5
-MOST_TRIES = 10  # per child, to make one that was not seen before
-HALL_OF_FAME = 100  # places, of which the first are the finalists
 LEFT_OUT = 0.5  # of what could be filled, where filling makes the same of all and schemes are trained
-LEAST_NEW = 0.1  # part of a generation; with fewer the search has seen what it can reach
 
 
-def make_toolbox(problem: SearchProblem) -> base.Toolbox:
-    """The operators, which draw from Python's global random numbers as DEAP's own do; fitness is by the table."""
-    toolbox = base.Toolbox()
-    toolbox.register("repair", lambda genome: Individual(problem.repair(tuple(genome), random, FILLING_NOISE)))
-    toolbox.register("repair_loosely", toolbox.repair)
-    toolbox.register("immigrant", lambda: toolbox.repair(problem.random_genome(random)))
-    toolbox.register("mate", tools.cxUniform, indpb=0.5)
-    toolbox.register("mutate", mutate, problem=problem)
-    toolbox.register("select_parents", tools.selTournament, k=2, tournsize=3)
-    toolbox.register("select", survivors, per_depth=SURVIVORS_PER_DEPTH)
-    toolbox.register("evaluate", problem.score)
-    toolbox.register("map", map)
-    return toolbox
-
-
-def mutate(individual: Individual, problem: SearchProblem) -> tuple[Individual]:
-    """Moves memory from one layer to another, draws a ratio anew, or goes some bias depths deeper or less deep."""
-    layers = range(1, len(individual))
-    kind = random.random() if layers else 1.0
-    if kind < 0.5:
-        lowered = random.choice([layer for layer in layers if individual[layer]] or [0])
-        raised = random.choice(layers)
-        individual[lowered] = random.randrange(individual[lowered] or 1)
-        individual[raised] = random.randrange(individual[raised], len(problem.ratios[raised - 1]))
-    elif kind < 0.75:
-        layer = random.choice(layers)
-        individual[layer] = random.randrange(len(problem.ratios[layer - 1]))
-    else:
-        depth = individual[0] + random.choice((-3, -2, -1, 1, 2, 3))
-        individual[0] = min(max(depth, 0), len(problem.depths) - 1)
-    return (individual,)
-
-
-def survivors(individuals: Sequence[Individual], k: int, per_depth: int) -> list[Individual]:
-    """The k best distinct individuals, of one bias depth no more than ``per_depth``."""
-    of_depth: dict[int, int] = {}
-    distinct = {tuple(one): one for one in individuals}
-    chosen = []
-    for one in sorted(distinct.values(), key=lambda one: one.fitness.values, reverse=True):
-        of_depth[one[0]] = of_depth.get(one[0], 0) + 1
-        if of_depth[one[0]] <= per_depth:
-            chosen.append(one)
-    return chosen[:k]
-
-
-def new_children(toolbox: base.Toolbox, parents: Sequence[Individual], count: int, known: set) -> list[Individual]:
-    """Children that were not evaluated before; fewer than ``count`` where the search has seen all it can reach."""
-    children: dict[Genome, Individual] = {}
-    tries = MOST_TRIES * max(count, 20)  # also for the few that are left at the end
-    for attempt in range(tries):
-        if len(children) == count:
-            break
-        # where the budget is loose, filling makes the same of all
-        repair = toolbox.repair if attempt < tries / 2 else toolbox.repair_loosely
-        if not parents or random.random() < IMMIGRANTS:
-            child = toolbox.immigrant()
-        else:
-            child, other = map(toolbox.clone, toolbox.select_parents(parents))
-            if random.random() < CROSSOVER:
-                toolbox.mate(child, other)
-            child = repair(toolbox.mutate(child)[0])
-        if tuple(child) not in known:
-            children.setdefault(tuple(child), child)
-    return list(children.values())
-
-
-def evolve(
-    problem: SearchProblem,
-    toolbox: base.Toolbox,
-    evaluations: int,
-    population: int,
-    guesses: Sequence[Genome],
-    state: SearchState,
-    after_generation: Callable[[SearchState], None],
-) -> tools.HallOfFame:
-    """The search, generation by generation, until ``evaluations`` genomes are evaluated or no new ones come up.
+@dataclass(frozen=True)
+class Effort:
+    """How schemes are judged, and for how long.
 
     Args:
-        problem: What to solve.
-        toolbox: From ``make_toolbox``; its ``map`` may give None for an evaluation that was lost.
-        evaluations: Genomes to evaluate, each once.
-        population: Survivors, and children, of a generation.
-        guesses: Genomes to begin with; the rest of the first generation is random.
-        state: What to begin from; brought up to date before ``after_generation`` is called.
-        after_generation: Keeps the state.
-
-    Returns:
-        The best individuals, distinct.
+        fitness: By the table, or by accuracy.
+        evaluations: Schemes to evaluate.
+        population: Survivors of a generation.
+        trial_seeds: Trainings of each scheme, where fitness is accuracy.
+        finalists: How many of the best are trained for longer.
+        final_steps: Optimizer steps of these; None for four times those of a trial.
+        final_seeds: Trainings of each of these.
+        seed: Of the search.
     """
-    if state.random_state is not None:
-        random.setstate(state.random_state)
-    hall = tools.HallOfFame(max(population, HALL_OF_FAME))
-    hall.update([Individual(genome, value) for genome, value in state.fitness.items() if value is not None])
-    statistics = tools.Statistics(lambda one: one.fitness.values[0])
-    for name, function in (("best", np.max), ("mean", np.mean), ("spread", np.std)):
-        statistics.register(name, function)
-    logbook = tools.Logbook()
-    parents = [Individual(genome, state.fitness[genome]) for genome in state.population]
-    while len(state.fitness) < evaluations:
-        count = min(population, evaluations - len(state.fitness))
-        children = [Individual(genome) for genome in guesses[:count]] if not state.fitness else []
-        known = state.fitness.keys() | {tuple(child) for child in children}
-        children += new_children(toolbox, parents, count - len(children), known)
-        if not children or (parents and len(children) < LEAST_NEW * count):
-            log.info("no new schemes come up after %d of %d evaluations", len(state.fitness), evaluations)
-            break
-        drawn = random.getstate()  # whatever an evaluation draws
-        values = list(toolbox.map(toolbox.evaluate, [tuple(child) for child in children]))
-        random.setstate(drawn)
-        state.fitness |= zip(map(tuple, children), values, strict=True)
-        pairs = zip(children, values, strict=True)
-        children = [Individual(child, value) for child, value in pairs if value is not None]
-        hall.update(children)
-        parents = toolbox.select(parents + children, population)
-        state.population = [tuple(parent) for parent in parents]
-        state.generation += 1
-        if parents:
-            found = {name: float(value) for name, value in statistics.compile(parents).items()}
-            memory_bytes = problem.memory_bytes(tuple(hall[0]))
-            evaluated = len(state.fitness)
-            logbook.record(generation=state.generation, evaluations=evaluated, memory_bytes=memory_bytes, **found)
-            state.history.append(dict(logbook[-1]))
-        after_generation(state)
-    if not hall:
-        raise UserError("every evaluation was lost with its worker: the warnings above say why")
-    return hall
+
+    fitness: FitnessName
+    evaluations: int
+    population: int
+    trial_seeds: int
+    finalists: int
+    final_steps: int | None
+    final_seeds: int
+    seed: int
 
 
 def main(
@@ -325,6 +194,7 @@ def main(
         choice_samples=choice_samples,
     )  # fmt: skip
     is_gradient = contributions == GRADIENT
+    is_computed = is_gradient and fitness == "table"
     if is_gradient:
         searched = {"evaluations": evaluations, "population": population, "finalists": finalists}
         refuse_beside_gradient(fitness, all_mcus, allow_missing_layers, **searched)
@@ -332,103 +202,57 @@ def main(
     else:
         refuse_beside_table(base_depth=base_depth, choice_samples=choice_samples)
         base_depth = max(1, *ContributionTable.load(contributions).bias_gains)
-    is_computed = is_gradient and fitness == "table"
     finalists = (0 if is_computed else FINALISTS) if finalists is None else finalists
     settings = TrialSettings(network=network, resolution=resolution, base_depth=base_depth, **options)
     refuse_without_data(settings, fitness, finalists, all_mcus, is_gradient)
-    if all_mcus and resume:
-        raise UserError("all_mcus takes less than a minute or two and is not resumed: leave --resume out")
-    if all_mcus and (mcu, budget_kib, sram_bytes, flash_bytes, reserve_bytes, memory) != (None,) * 5 + ("peak",):
-        raise UserError("all_mcus takes the budget of each known microcontroller: leave out every other budget")
-    described = searched_network(settings, resolution, input_width, in_channels, num_classes)
-    if not is_gradient:
-        table = load_table(contributions, described)
-        check_table(contributions, table, described, allow_missing_layers)
-        table = searched_rows(contributions, table, described.operations.convolutions, level, channel_multiple)
-    evaluations, population = evaluations or EVALUATIONS[fitness], population or POPULATION[fitness]
-    check_run_folder(out_dir, resume)
     if all_mcus:
-        return search_all_mcus(described, table, evaluations, population, seed, out_dir, arguments)
+        refuse_beside_all_mcus(resume, memory, mcu, budget_kib, sram_bytes, flash_bytes, reserve_bytes)
+
+    described = searched_network(settings, resolution, input_width, in_channels, num_classes)
+    table = None
+    if not is_gradient:
+        table = searched_table(contributions, described, allow_missing_layers, level, channel_multiple)
+    check_run_folder(out_dir, resume)
+    evaluations, population = evaluations or EVALUATIONS[fitness], population or POPULATION[fitness]
+    effort = Effort(fitness, evaluations, population, trial_seeds, finalists, final_steps, final_seeds, seed)
+    if all_mcus:
+        return search_all_mcus(described, table, effort, out_dir, arguments)
 
     budget = budget_of(memory, budget_kib, mcu, sram_bytes, flash_bytes, reserve_bytes)
-    facts = {"score_unit": "accuracy"}
     if is_gradient:
         measured = measure_gradient(settings, choice_samples or CHOICE_SAMPLES, seed)
-        facts = measured.facts
-        problem, table, optimum = gradient_problem(
-            described, measured, budget, base_depth, level, channel_multiple, is_coarse=not is_computed
-        )
+        search = gradient_search(described, measured, budget, base_depth, level, channel_multiple, not is_computed)
     else:
-        problem = make_problem(described, table, budget)
-        optimum = proven_optimum(problem)
-    facts |= {
-        "fitness": fitness, "level": level, "channel_multiple": channel_multiple, "memory": budget.memory,
-        "budget_bytes": budget.size_bytes, "mcu": budget.microcontroller and budget.microcontroller.name,
-    }  # fmt: skip
+        search = table_search(described, table, budget)
+    facts = {"fitness": fitness, "level": level, "channel_multiple": channel_multiple, **budget.facts}
+    search = replace(search, facts=search.facts | facts)
+
     with Workers(processes, cluster) as workers:
-        out_dir = open_run_folder(out_dir, "evolve_update_scheme", resume)
-        settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
-        if resume:
-            refuse_another_run(out_dir, arguments, None)
-        else:
-            write_config(out_dir, arguments)
-        if is_gradient:
-            contributions = keep_table(table, out_dir / "contributions.csv")
-        made_by = partial(provenance_of, "evolve_update_scheme", arguments, Path(contributions), budget)
-        search_log = SearchLog(logger, out_dir, arguments, table, optimum, problem, evaluations)
+        out_dir = begin_run(out_dir, arguments, resume)
+        table_file = keep_table(search.table, out_dir / "contributions.csv") if is_gradient else Path(contributions)
+        if is_gradient and settings.source == "none":
+            log.warning("schemes update little of a network that has learnt nothing: give --weights")
+        made_by = partial(provenance_of, RECIPE, arguments, table_file, budget)
+        search_log = SearchLog(logger, out_dir, arguments, search.table, search.optimum, search.problem, evaluations)
         if is_computed:
-            return finish_computed(problem, optimum, facts, made_by, search_log, started)
-        state = SearchState.load(out_dir / "search.json")
-        state.refuse_another_table(Path(contributions))
-        random.seed(seed)
-        toolbox, guesses = make_toolbox(problem), []
-        if fitness == "accuracy":
-            guesses = good_guesses(problem, optimum, population)
-            seeds = tuple(range(seed * trial_seeds, (seed + 1) * trial_seeds))
-            toolbox.register("map", lambda _, genomes: accuracies(workers, settings, problem, seeds, genomes))
-            toolbox.register(
-                "repair_loosely",
-                lambda genome: Individual(problem.repair(tuple(genome), random, FILLING_NOISE, LEFT_OUT)),
-            )
+            return finish_computed(search, made_by, search_log, started)
+        settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
+        hall, state = evolve_schemes(search, effort, settings, workers, table_file, search_log)
+        best, of_finalists = best_of_finalists(search, effort, settings, workers, state, hall)
 
-        def after_generation(state: SearchState) -> None:
-            state.save(out_dir / "search.json")
-            search_log.generation(state)
-
-        with search_log:
-            hall = evolve(problem, toolbox, evaluations, population, guesses, state, after_generation)
-        best, of_finalists = tuple(hall[0]), {}
-        if finalists:
-            proxies = {tuple(one): one.fitness.values[0] for one in hall[:finalists]}
-            # tables and short trials mislead at times: these have their chance in any case
-            for genome in (optimum.genome, *rules_of_thumb(problem)[:1]):
-                known = problem.score(genome) if fitness == "table" else state.fitness.get(genome)
-                if known is not None:
-                    proxies.setdefault(genome, known)
-            steps = final_steps or 4 * settings.steps
-            best, of_finalists = train_finalists(problem, proxies, settings, steps, final_seeds, workers)
-
-    report = {
-        "score": problem.score(best),
-        "optimum_score": optimum.score,
-        "random_score": random_search(problem, len(state.fitness), seed).score,
-        "random_blind_score": random_search(problem, len(state.fitness), seed, blind=True).score,
-        "best_fitness": hall[0].fitness.values[0],
-        "evaluations": len(state.fitness),
-        "lost_evaluations": sum(value is None for value in state.fitness.values()),
-        "memory_bytes": problem.memory_bytes(best),
-        **facts,
-        **of_finalists,
-        "seconds": time.monotonic() - started,
-    }
-    problem.scheme(best, made_by(report)).save(out_dir / "scheme.json")
-    rule = {"rule": "proven optimum by the contribution table", "score": optimum.score}
-    problem.scheme(optimum.genome, made_by(rule)).save(out_dir / "optimum.json")
-    write_json(out_dir / "report.json", report)
-    draw_search(state, problem, optimum, fitness, out_dir / "search.png")
-    search_log.finish(report)
-    print_report(report, problem.scheme(best), out_dir)
+    report = {**results_of(search, best, state, hall, seed), **of_finalists, "seconds": time.monotonic() - started}
+    finish_evolved(search, best, state, report, made_by, search_log)
     return report
+
+
+def begin_run(out_dir: Path | None, arguments: dict[str, Any], resume: bool) -> Path:
+    """Opens the run's folder, with the arguments in it; refuses to go on with a run of other ones."""
+    out_dir = open_run_folder(out_dir, RECIPE, resume)
+    if resume:
+        refuse_another_run(out_dir, arguments, None)
+    else:
+        write_config(out_dir, arguments)
+    return out_dir
 
 
 def keep_table(table: ContributionTable, path: Path) -> Path:
@@ -444,21 +268,112 @@ def keep_table(table: ContributionTable, path: Path) -> Path:
     return path
 
 
+def evolve_schemes(
+    search: Search,
+    effort: Effort,
+    settings: TrialSettings,
+    workers: Workers,
+    table_file: Path,
+    search_log: SearchLog,
+) -> tuple[tools.HallOfFame, SearchState]:
+    """Evolves schemes, from the state in the run's folder on, where there is one, and keeps it after every generation.
+
+    Returns:
+        The best, distinct, and the state at the end.
+    """
+    problem, state_file = search.problem, search_log.out_dir / "search.json"
+    state = SearchState.load(state_file)
+    state.refuse_another_table(table_file)
+    random.seed(effort.seed)
+    toolbox, guesses = make_toolbox(problem), []
+    if effort.fitness == "accuracy":
+        toolbox = make_toolbox(problem, LEFT_OUT)
+        seeds = tuple(range(effort.seed * effort.trial_seeds, (effort.seed + 1) * effort.trial_seeds))
+        toolbox.register("map", lambda _, genomes: accuracies(workers, settings, problem, seeds, genomes))
+        guesses = good_guesses(problem, search.optimum, effort.population)
+
+    def after_generation(state: SearchState) -> None:
+        state.save(state_file)
+        search_log.generation(state)
+
+    with search_log:
+        hall = evolve(problem, toolbox, effort.evaluations, effort.population, guesses, state, after_generation)
+    return hall, state
+
+
+def best_of_finalists(
+    search: Search,
+    effort: Effort,
+    settings: TrialSettings,
+    workers: Workers,
+    state: SearchState,
+    hall: tools.HallOfFame,
+) -> tuple[Genome, dict[str, Any]]:
+    """The best of the finalists after longer training, with what the report says of them; without any, of the search.
+
+    Beside the best of the search these are the table's optimum, and as many of the last layers as fit.
+    """
+    if not effort.finalists:
+        return tuple(hall[0]), {}
+    problem = search.problem
+    proxies = {tuple(one): one.fitness.values[0] for one in hall[: effort.finalists]}
+    # tables and short trials mislead at times: these have their chance in any case
+    for genome in (search.optimum.genome, *rules_of_thumb(problem)[:1]):
+        known = problem.score(genome) if effort.fitness == "table" else state.fitness.get(genome)
+        if known is not None:
+            proxies.setdefault(genome, known)
+    steps = effort.final_steps or 4 * settings.steps
+    return train_finalists(problem, proxies, settings, steps, effort.final_seeds, workers)
+
+
+def results_of(search: Search, best: Genome, state: SearchState, hall: tools.HallOfFame, seed: int) -> dict[str, Any]:
+    """What was found, and for comparison the optimum and as many random schemes, by the table."""
+    problem, evaluations = search.problem, len(state.fitness)
+    return {
+        "score": problem.score(best),
+        "optimum_score": search.optimum.score,
+        "random_score": random_search(problem, evaluations, seed).score,
+        "random_blind_score": random_search(problem, evaluations, seed, blind=True).score,
+        "best_fitness": hall[0].fitness.values[0],
+        "evaluations": evaluations,
+        "lost_evaluations": sum(value is None for value in state.fitness.values()),
+        "memory_bytes": problem.memory_bytes(best),
+        **search.facts,
+    }
+
+
+def finish_evolved(
+    search: Search,
+    best: Genome,
+    state: SearchState,
+    report: dict[str, Any],
+    made_by: Callable[[dict[str, Any]], dict[str, Any]],
+    search_log: SearchLog,
+) -> None:
+    """Writes, draws and prints the best scheme, and the table's optimum beside it."""
+    problem, optimum, out_dir = search.problem, search.optimum, search_log.out_dir
+    problem.scheme(best, made_by(report)).save(out_dir / "scheme.json")
+    rule = {"rule": "proven optimum by the contribution table", "score": optimum.score}
+    problem.scheme(optimum.genome, made_by(rule)).save(out_dir / "optimum.json")
+    write_json(out_dir / "report.json", report)
+    draw_search(state, problem, optimum, report["fitness"], out_dir / "search.png")
+    search_log.finish(report)
+    print_report(report, problem.scheme(best), out_dir)
+
+
 def finish_computed(
-    problem: SearchProblem,
-    optimum: Optimum,
-    facts: dict[str, Any],
+    search: Search,
     made_by: Callable[[dict[str, Any]], dict[str, Any]],
     search_log: SearchLog,
     started: float,
 ) -> dict[str, Any]:
     """Writes and prints the scheme that the gradient says is best: no search follows."""
-    out_dir = search_log.out_dir
+    problem, optimum, out_dir = search.problem, search.optimum, search_log.out_dir
     found = {
         "score": optimum.score,
         "bias_score": problem.gains_of(optimum.genome)[0],
         "memory_bytes": problem.memory_bytes(optimum.genome),
-        **facts,
+        **search.facts,
         "seconds": time.monotonic() - started,
     }
     scheme = problem.scheme(optimum.genome, made_by(found))
@@ -471,13 +386,15 @@ def finish_computed(
 
 
 def search_all_mcus(
-    described: DescribedNetwork, table: ContributionTable, evaluations: int, population: int, seed: int,
-    out_dir: Path | None, arguments: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    described: DescribedNetwork,
+    table: ContributionTable,
+    effort: Effort,
+    out_dir: Path | None,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
     """A scheme for every microcontroller that the network fits, and for the others the resolution that would do."""
     started = time.monotonic()
-    out_dir = open_run_folder(out_dir, "evolve_update_scheme", resume=False)
-    write_config(out_dir, arguments)
+    out_dir = begin_run(out_dir, arguments, resume=False)
     rows: list[dict[str, Any]] = []
     with progress_bar() as progress:
         for budget in progress.track(all_budgets(), description="microcontrollers"):
@@ -488,13 +405,15 @@ def search_all_mcus(
             except UserError as error:
                 rows[-1]["too_small"] = str(error)
                 continue
-            random.seed(seed)
-            hall = evolve(problem, make_toolbox(problem), evaluations, population, [], SearchState(), lambda _: None)
+            random.seed(effort.seed)
+            hall = evolve(
+                problem, make_toolbox(problem), effort.evaluations, effort.population, [], SearchState(), lambda _: None
+            )
             best = tuple(hall[0])
             found = {"score": problem.score(best), "optimum_score": proven_optimum(problem).score}
             rows[-1] |= {**found, "memory_bytes": problem.memory_bytes(best)}
             of_one = {**arguments, "all_mcus": None, "mcu": name, "finalists": 0}
-            made_by = provenance_of("evolve_update_scheme", of_one, Path(arguments["contributions"]), budget, found)
+            made_by = provenance_of(RECIPE, of_one, Path(arguments["contributions"]), budget, found)
             problem.scheme(best, made_by).save(out_dir / f"{described.name}_{name}.json")
     report = {"mcus": rows, "seconds": time.monotonic() - started}
     write_json(out_dir / "report.json", report)

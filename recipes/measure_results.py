@@ -6,8 +6,9 @@
 Methods: full update, as many of the last layers or of the biases as fit, schemes that a genetic algorithm evolved by
 trained accuracy (of whole layers, or of channels), the scheme of one backward pass, and the evolved one with channels
 chosen anew while it trains. All get the same steps, and the test split is used once, after training. The learning rate
-of each method on each data set is the best of a few by validation accuracy, with a seed that is not reported. The same
-command goes on where it was stopped. Four data sets take about two hours on two cores of an AMD EPYC.
+of each method on each data set is the best of a few by validation accuracy, within 100 KiB and with a seed that is not
+reported; where a training at another budget diverges with it, that budget gets half of it. The same command goes on
+where it was stopped. Four data sets take about two hours on two cores of an AMD EPYC.
 """
 
 import functools
@@ -33,14 +34,14 @@ from microtune.modules.user_error import UserError
 from microtune.recipes import evolve_update_scheme
 from microtune.recipes.command_line import check_at_least_one, listed, run
 from microtune.recipes.compare_schemes import Judge, ruled
-from microtune.recipes.data_set_list import DataSet, Numbers, load_data_sets
+from microtune.recipes.data_set_list import DataSet, Numbers, keep_sources, load_data_sets
 from microtune.recipes.memory_figures import fit_of, scheme_fits
 from microtune.recipes.networks import DescribedNetwork
 from microtune.recipes.paired_trainings import MAY_CHANGE, opened_folder, quiet
 from microtune.recipes.result_rows import BUDGETS, METHODS, NUMBERS, Result, load_rows, save_rows
 from microtune.recipes.run_folder import LoggerName, make_loggers, new_folder, plain, read_config, wandb_run
 from microtune.recipes.search_setup import Budget, budget_of
-from microtune.recipes.trial_grid import NOT_IN_KEY, Cell, best_rates, result, train_cells
+from microtune.recipes.trial_grid import NOT_IN_KEY, Cell, best_rates, result, train_until_none_diverges
 from microtune.recipes.trial_setup import described_by
 from microtune.recipes.watched_files import watched
 from microtune.recipes.workers import Workers
@@ -48,6 +49,7 @@ from microtune.recipes.workers import Workers
 log = logging.getLogger(__name__)
 
 SEARCHED = ("layers", "sub_tensor")  # by trained accuracy, in floating point; int8 takes the same schemes
+ONE_PASS = {"one_pass": 1, "one_pass_4": 4}  # and what numbers of channels are multiples of
 RECHOSEN_BY = "loss_decrease"  # the dynamic choice
 SEED = 1000  # of the trainings that choose schemes and learning rates: not among those that are reported
 EXTRA = "extra"
@@ -86,14 +88,11 @@ class Plan:
 
     def settings(self, data: str, numbers: Numbers, depth: int | None = None):
         """Settings of trials; of schemes deeper than the base depth with the whole network in training."""
-        keep: dict[str, Any] = {
-            "features": "disk",
-            "features_dir": str(self.out_dir / "features" / f"{data}-{numbers}"),
-        }
-        if depth is not None and depth > self.base_depth:
-            keep = {"features": "none"}
         base_depth = max(self.base_depth, depth or 0)
-        return self.data_sets[data].trial_settings(numbers, base_depth, self.steps, self.batch_size, **keep)
+        folder = self.out_dir / "features" / f"{data}-{numbers}-{base_depth}"
+        return self.data_sets[data].trial_settings(
+            numbers, base_depth, self.steps, self.batch_size, features="disk", features_dir=str(folder)
+        )
 
     @functools.cache  # noqa: B019, there is one plan
     def described(self, data: str, numbers: Numbers) -> DescribedNetwork:
@@ -127,7 +126,7 @@ def main(
         data_sets: List of data sets, such as recipes/results/data_sets.json.
         only: Which of them, separated by commas.
         numbers: What the network computes in: fp32, int8.
-        methods: full, last_layers, biases, layers, sub_tensor, one_pass, dynamic.
+        methods: full, last_layers, biases, layers, sub_tensor, one_pass, one_pass_4, dynamic.
         budgets: extra64, extra100, extra256 (KiB of extra memory), stm32f746 (its peak).
         steps: Optimizer steps of every training.
         batch_size: Samples of a step.
@@ -156,6 +155,7 @@ def main(
     for data, number in itertools.product(plan.data_sets, plan.numbers):
         plan.settings(data, number)  # says what is missing before anything is written
     with opened_folder(out_dir, arguments, MAY_GROW), Workers(processes) as workers:
+        keep_sources(chosen, out_dir)
         search_schemes(plan, workers)
         planned = [
             trained
@@ -175,7 +175,7 @@ def main(
             for cell in cells
             if tuple(cell.labels[name] for name in group) in rates
         ]
-        train_cells(cells, workers, out_dir, "trainings")
+        cells = train_until_none_diverges(cells, (*group, "budget"), group, workers, out_dir)
         rows = [row for cell in cells if (row := row_of(plan, cell)) is not None]
         kept = load_rows(out_dir / "results.csv", Result) if (out_dir / "results.csv").exists() else []
         of_key = {row.key: row for row in [*kept, *rows]}  # also those of other methods, measured before
@@ -236,7 +236,7 @@ def searches(plan: Plan) -> list[tuple[Numbers, str]]:
     if "dynamic" in plan.methods and "sub_tensor" not in evolved:
         evolved.append("sub_tensor")
     return [("fp32", method) for method in evolved] + [
-        (numbers, "one_pass") for numbers in plan.numbers if "one_pass" in plan.methods
+        (numbers, method) for numbers in plan.numbers for method in ONE_PASS if method in plan.methods
     ]
 
 
@@ -254,8 +254,9 @@ def search_arguments(plan: Plan, data: str, numbers: Numbers, budget: str, metho
         "resolution": data_set.resolution, "batch_size": plan.batch_size, "learning_rate": data_set.middle_rate,
         "seed": SEED, **budget_arguments(budget),
     }  # fmt: skip
-    if method == "one_pass":
-        return arguments | {"features": "none"}  # it looks at some hundred samples
+    if method in ONE_PASS:
+        multiple = {"channel_multiple": ONE_PASS[method]} if ONE_PASS[method] > 1 else {}
+        return arguments | multiple | {"features": "none"}  # it looks at some hundred samples
     level = "layer" if method == "layers" else "sub_tensor"
     # other steps see other augmented copies: not the folder of the trainings
     kept = {"features": "disk", "features_dir": f"{settings.features_dir}-searches"}
@@ -320,7 +321,7 @@ def schemes_of(plan: Plan, data: str, numbers: Numbers) -> list[Trained]:
         for method in ("last_layers", "biases"):
             if method in plan.methods:
                 found.append(Trained(data, numbers, method, budget, ruled(method, judge)))
-        for method in (*SEARCHED, "one_pass", "dynamic"):
+        for method in (*SEARCHED, *ONE_PASS, "dynamic"):
             if method in plan.methods:
                 found += searched_scheme(plan, judge, data, numbers, budget, method)
     return found
@@ -329,7 +330,7 @@ def schemes_of(plan: Plan, data: str, numbers: Numbers) -> list[Trained]:
 def searched_scheme(plan: Plan, judge: Judge, data: str, numbers: Numbers, budget: str, method: str) -> list[Trained]:
     """The scheme of a search that is done, as a list of one; kept where ``make_results.py`` finds it."""
     source = "sub_tensor" if method == "dynamic" else method
-    folder = search_folder(plan, data, numbers if method == "one_pass" else "fp32", budget, source)
+    folder = search_folder(plan, data, numbers if method in ONE_PASS else "fp32", budget, source)
     if not (folder / "report.json").exists():
         return []
     scheme = judge.described.load_scheme(folder / "scheme.json")

@@ -51,7 +51,7 @@ from microtune.modules.update_scheme import UpdateScheme
 from microtune.modules.whole_files import whole_file, write_json
 from microtune.recipes.benchmark_step import interleaved_seconds, prepared, training_step
 from microtune.recipes.command_line import check_at_least_one, run
-from microtune.recipes.evolve_update_scheme import evolve, make_toolbox
+from microtune.recipes.genetic_algorithm import evolve, make_toolbox
 from microtune.recipes.measure_contributions import Trial, contributions_of, draw_contributions, updates_to_measure
 from microtune.recipes.memory_figures import KIB, memory_figures
 from microtune.recipes.networks import NAMED_SCHEMES, DescribedNetwork, describe_network, scheme_by_name_or_file

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
     from microtune.modules.update_scheme import UpdateScheme
 
 COLORS = dict(zip(WITH_BUDGET, plt.get_cmap("tab10").colors, strict=False))
-MARKERS = dict(zip(WITH_BUDGET, "sv^oD<", strict=False))
+MARKERS = dict(zip(WITH_BUDGET, "sv^oDP<", strict=True))
 GREY, BLUE, LIGHT_BLUE = "#e4e4e4", "#1f77b4", "#a9cbe6"
 ONE_CHANNEL = ("speech_commands", "mswc_arabic")  # spectrograms
 

@@ -5,12 +5,13 @@ import io
 import math
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from microtune.modules.microcontrollers import KIB, MICROCONTROLLERS
+from microtune.modules.numbered_lines import numbered_lines
 from microtune.modules.user_error import UserError
 from microtune.modules.whole_files import whole_file
 
@@ -29,6 +30,7 @@ METHODS = {
     "layers": "evolved, whole layers",
     "sub_tensor": "evolved, sub-tensors",
     "one_pass": "from one backward pass",
+    "one_pass_4": "the same, multiples of 4 channels",
     "dynamic": "dynamic channels",
 }
 BUDGETS = ("extra64", "extra100", "extra256", "stm32f746")
@@ -241,7 +243,7 @@ def _columns(row_type: type) -> list[str]:
 def _parse(text: str, row_type: type) -> list[Any]:
     if "\0" in text:
         raise UserError("this is a binary file, not results in CSV")
-    columns, lines = _columns(row_type), _lines(text)
+    columns, lines = _columns(row_type), numbered_lines(text)
     _check_columns(next(lines, (1, []))[1], columns)
     rows, line_of = [], {}
     for line, texts in lines:
@@ -258,17 +260,6 @@ def _parse(text: str, row_type: type) -> list[Any]:
         rows.append(row)
     _check_equal_steps(rows, line_of)
     return rows
-
-
-def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each line that is not blank."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for texts in reader:
-            if texts:
-                yield reader.line_num, texts
-    except csv.Error as error:
-        raise UserError(f"line {reader.line_num}: not valid CSV, perhaps cut off: {error}") from error
 
 
 def _check_columns(found: list[str], expected: list[str]) -> None:

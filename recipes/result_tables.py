@@ -33,11 +33,13 @@ PAIRS = (
     ("sub_tensor", "biases"),
     ("sub_tensor", "last_layers"),
     ("one_pass", "sub_tensor"),
+    ("one_pass_4", "one_pass"),
     ("dynamic", "sub_tensor"),
 )
 SHORT = {
     "sub_tensor": "sub-tensors",
     "one_pass": "one pass",
+    "one_pass_4": "multiples of 4",
     "last_layers": "last layers",
     "dynamic": "dynamic",
     "layers": "layers",
@@ -250,9 +252,11 @@ def search_time_section(rows: Sequence[Result]) -> str:
         lines.append([METHODS[method], *cells])
     header = ["scheme", *(text for numbers in present for text in (f"{numbers}, seconds", "one pass minus this"))]
     told = paragraph(
-        "Seconds to get a scheme, mean over data sets, budgets and seeds; and by how many points of top-1 the scheme "
-        "from one backward pass is better, paired over data sets, budgets and seeds, with the 95 % interval over these "
-        "pairs, taken as independent; * where it excludes zero; in parentheses, how many pairs."
+        "Seconds to get a scheme, mean over data sets, budgets and seeds, from the start of the program on, with two "
+        "searches at a time; schemes of whole layers and of sub-tensors are searched in floating point, and int8 takes "
+        "the same. And by how many points of top-1 the scheme from one backward pass is better, paired over data sets, "
+        "budgets and seeds, with the 95 % interval over these pairs, taken as independent; * where it excludes zero; "
+        "in parentheses, how many pairs."
     )
     return "\n".join(["### Time to get a scheme\n", told, markdown_table(header, lines)])
 

@@ -190,8 +190,8 @@ def print_computed(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) 
         f"{report['budget_bytes'] / KIB:.1f} KiB{whose}"
     )
     print(
-        f"from one backward pass over {report['choice_samples']} samples, with a classifier fitted to them "
-        f"(top-1 on the same samples {report['classifier_top1']:.2%})"
+        f"from one backward pass over {report['gradient_samples']} of {report['choice_samples']} samples, with a "
+        f"classifier fitted to the others (top-1 in the pass {report['classifier_top1']:.2%})"
     )
     print(f"scheme: {out_dir / 'scheme.json'}, report: {out_dir / 'report.json'}, {report['seconds']:.0f} s")
 

@@ -53,6 +53,12 @@ class Budget:
     size_bytes: int
     microcontroller: Microcontroller | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a report."""
+        mcu = None if self.microcontroller is None else self.microcontroller.name
+        return {"memory": self.memory, "budget_bytes": self.size_bytes, "mcu": mcu}
+
     def __str__(self) -> str:
         whose = f" of {self.microcontroller.name}" if self.microcontroller else ""
         return f"{self.size_bytes / KIB:.1f} KiB of {self.memory} memory{whose}"
@@ -148,6 +154,15 @@ def searched_rows(
     return ContributionTable(rows)
 
 
+def searched_table(
+    path: Path | str, described: DescribedNetwork, allow_missing_layers: bool, level: Level, channel_multiple: int
+) -> ContributionTable:
+    """Reads a measured table that suits the network, and leaves the rows that may be chosen."""
+    table = load_table(path, described)
+    check_table(path, table, described, allow_missing_layers)
+    return searched_rows(path, table, described.operations.convolutions, level, channel_multiple)
+
+
 def make_problem(
     described: DescribedNetwork,
     table: ContributionTable,
@@ -165,22 +180,48 @@ def make_problem(
 
 
 @dataclass(frozen=True)
+class Search:
+    """What is to be solved, and what is known of it before.
+
+    Args:
+        problem: What to solve.
+        table: Its contributions.
+        optimum: Its proven optimum.
+        facts: What a report says of all this.
+    """
+
+    problem: SearchProblem
+    table: ContributionTable
+    optimum: Optimum
+    facts: dict[str, Any]
+
+
+def table_search(described: DescribedNetwork, table: ContributionTable, budget: Budget) -> Search:
+    """The search by a measured table."""
+    problem = make_problem(described, table, budget)
+    return Search(problem, table, proven_optimum(problem), {"score_unit": "accuracy"})
+
+
+@dataclass(frozen=True)
 class MeasuredGradient:
     """What one backward pass says.
 
     Args:
-        importance: Of every channel within the base depth.
+        importance: Of every channel within the base depth, by the samples of the backward pass.
         classifier_top1: Accuracy, on the samples of the backward pass, of the classifier that was fitted to others.
+        samples: Of both.
     """
 
     importance: ChannelImportance
     classifier_top1: float
+    samples: int
 
     @property
     def facts(self) -> dict[str, Any]:
         """For a report."""
         return {
-            "score_unit": NATS, "choice_samples": self.importance.samples, "classifier_top1": self.classifier_top1
+            "score_unit": NATS, "choice_samples": self.samples, "gradient_samples": self.importance.samples,
+            "classifier_top1": self.classifier_top1,
         }  # fmt: skip
 
 
@@ -204,7 +245,8 @@ def measure_gradient(settings: TrialSettings, samples: int, seed: int) -> Measur
     steps = math.ceil(samples / settings.batch_size)
     batches = list(_first(samples, training.features.training_batches(settings.batch_size, seed, steps)))
     convolutions = training.operations.convolutions[-settings.base_depth :]
-    return MeasuredGradient(*measure_with_fitted_classifier(training.rest, training.operations, convolutions, batches))
+    found = measure_with_fitted_classifier(training.rest, training.operations, convolutions, batches)
+    return MeasuredGradient(*found, samples)
 
 
 def _first(samples: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -214,7 +256,7 @@ def _first(samples: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[t
         samples -= len(labels[:samples])
 
 
-def gradient_problem(
+def gradient_search(
     described: DescribedNetwork,
     measured: MeasuredGradient,
     budget: Budget,
@@ -222,7 +264,7 @@ def gradient_problem(
     level: Level,
     channel_multiple: int,
     is_coarse: bool,
-) -> tuple[SearchProblem, ContributionTable, Optimum]:
+) -> Search:
     """The search by a gradient, and the scheme that it says is best: at the granularity of single channels.
 
     Args:
@@ -235,7 +277,7 @@ def gradient_problem(
         is_coarse: Whether the problem has a few numbers of channels per layer, beside those of the best scheme.
 
     Returns:
-        The problem, whose schemes have the channels of the highest gain; its table; and its optimum, the best scheme.
+        Its schemes have the channels of the highest gain, and its optimum is the best scheme.
     """
     convolutions = described.operations.convolutions
 
@@ -249,12 +291,12 @@ def gradient_problem(
     problem, table = build(most_options=1 if level == "layer" else None)
     optimum = proven_optimum(problem)
     if not is_coarse or level == "layer":
-        return problem, table, optimum
+        return Search(problem, table, optimum, measured.facts)
     best = problem.scheme(optimum.genome)
     also = {layer: len(channels) for layer, channels in best.channels.items()}
     problem, table = build(most_options=COARSE_OPTIONS, also=also)
     # what is best of all numbers of channels is best of some of them
-    return problem, table, Optimum(problem.genome_of(best), optimum.score)
+    return Search(problem, table, Optimum(problem.genome_of(best), optimum.score), measured.facts)
 
 
 def all_budgets() -> list[Budget]:
@@ -293,6 +335,20 @@ def refuse_beside_table(**of_a_gradient: int | None) -> None:
             )
 
 
+def refuse_beside_all_mcus(resume: bool, memory: Memory, *of_a_budget: str | float | None) -> None:
+    """Raises ``UserError`` where arguments make no sense beside the budgets of all microcontrollers.
+
+    Args:
+        resume: As in the recipe.
+        memory: As in the recipe.
+        of_a_budget: What describes another budget, or None.
+    """
+    if resume:
+        raise UserError("all_mcus takes less than a minute or two and is not resumed: leave --resume out")
+    if memory != "peak" or any(given is not None for given in of_a_budget):
+        raise UserError("all_mcus takes the budget of each known microcontroller: leave out every other budget")
+
+
 def refuse_without_data(
     settings: TrialSettings, fitness: str, finalists: int, all_mcus: bool, is_gradient: bool = False
 ) -> None:
@@ -321,7 +377,11 @@ def good_guesses(problem: SearchProblem, optimum: Optimum, population: int) -> l
 
 
 def rules_of_thumb(problem: SearchProblem) -> list[Genome]:
-    """As many of the last layers as fit, at each ratio, the highest first; the paper's own schemes are much like it."""
+    """As many of the last layers as fit at each option, the highest first; the paper's own schemes are much like it.
+
+    Of a measured table an option is the same ratio in every layer. Of a gradient it is another fraction in each, since
+    layers have other numbers of channels to choose from.
+    """
     highest = max((len(ratios) for ratios in problem.ratios), default=1) - 1
     return [problem.from_the_back(option) for option in range(highest, 0, -1)]
 

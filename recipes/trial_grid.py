@@ -21,6 +21,7 @@ from microtune.recipes.workers import Workers
 VALIDATED: tuple[Split, ...] = ("val",)
 TESTED: tuple[Split, ...] = ("val", "test")
 MOST_RATES = 8
+MOST_HALVINGS = 4
 # where the features lie decides no outcome
 NOT_IN_KEY = {"features", "features_limit_mib", "features_dir"}
 
@@ -116,7 +117,7 @@ def best_rates(
     """
     first: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:
-        first.setdefault(tuple(cell.labels[name] for name in group), cell)
+        first.setdefault(_values(cell, group), cell)
     tried = {values: sorted(rates) for values in first}
     chosen: dict[tuple[Any, ...], float] = {}
     growing = set(first)
@@ -137,6 +138,53 @@ def best_rates(
             else:
                 tried[values] = sorted([*tried[values], beyond])
     return chosen
+
+
+def train_until_none_diverges(
+    cells: Sequence[Cell], group: Sequence[str], like: Sequence[str], workers: Workers, out_dir: Path
+) -> list[Cell]:
+    """Trains the cells, and those of a group anew at half the learning rate where one of them diverged.
+
+    A rate that was chosen at one budget and by one seed may be too high for another. Diverged is what ends with less
+    than half of the validation accuracy of the best cell that it is like; the test split decides nothing.
+
+    Args:
+        cells: With their learning rates.
+        group: Labels of which cells of one group have the same, and so the same rate.
+        like: Labels of which cells that are alike have the same.
+        workers: Where they are trained.
+        out_dir: Of the comparison.
+
+    Returns:
+        The cells with the rates that they were trained with in the end, ``MOST_HALVINGS`` later at most.
+    """
+    cells = list(cells)
+    for _ in range(MOST_HALVINGS):
+        train_cells(cells, workers, out_dir, "trainings")
+        diverged = _diverged(cells, group, like, out_dir)
+        if not diverged:
+            return cells
+        cells = [
+            replace(cell, learning_rate=cell.learning_rate / 2) if _values(cell, group) in diverged else cell
+            for cell in cells
+        ]
+    train_cells(cells, workers, out_dir, "trainings")
+    return cells
+
+
+def _diverged(cells: Sequence[Cell], group: Sequence[str], like: Sequence[str], out_dir: Path) -> set[tuple[Any, ...]]:
+    """The groups of which a cell ended with less than half of the accuracy of the best that it is like."""
+    top1 = {cell.key: found["top1"]["val"] for cell in cells if (found := result(cell, out_dir)) is not None}
+    best: dict[tuple[Any, ...], float] = {}
+    for cell in cells:
+        best[_values(cell, like)] = max(best.get(_values(cell, like), 0.0), top1.get(cell.key, 0.0))
+    return {
+        _values(cell, group) for cell in cells if cell.key in top1 and top1[cell.key] < best[_values(cell, like)] / 2
+    }
+
+
+def _values(cell: Cell, group: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(cell.labels[name] for name in group)
 
 
 def _beyond(rates: Sequence[float], best: float | None) -> float | None:

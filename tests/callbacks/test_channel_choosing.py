@@ -16,12 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
-from microtune.callbacks.channel_choosing import is_due
 from microtune.callbacks.int8_weights import Int8Weights
 from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.datamodules.reproducible_order import data_loader
-from microtune.modules.channel_choice import highest_channels
+from microtune.modules.channel_choice import highest_channels, is_due
 from microtune.modules.channel_importance import WITHOUT_DATA, Criterion, measure_importance, summed_cross_entropy
 from microtune.modules.operations import find_operations
 from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors

@@ -18,36 +18,15 @@ SHAPE = (3, 8, 8)
 
 
 def small_network(bias=True) -> nn.Sequential:
-    """Ordinary, depthwise and pointwise convolutions of 8 px in float64; the second has no bias."""
+    """Two convolutions and a classifier behind dropout, in float64."""
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2, padding=1),
-        nn.ReLU6(),
-        nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False),
-        nn.ReLU6(),
-        nn.Conv2d(4, 3, 1),
-        nn.ReLU6(),
-        nn.Conv2d(3, 5, 1),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(80, 4, bias=bias),
-    ).double()
-    with torch.no_grad():
-        for layer in network:
-            if isinstance(layer, nn.Conv2d):  # else few channels are alive
-                layer.weight.mul_(3)
-    return network
+    layers = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU6(), nn.Conv2d(8, 5, 1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(80, 4, bias=bias)).double()
 
 
 def batches_of(*counts, shape=SHAPE, classes=4, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            torch.rand(count, *shape, generator=generator, dtype=dtype) * 2 - 1,
-            torch.randint(0, classes, (count,), generator=generator),
-        )
-        for count in counts
-    ]
+    torch.manual_seed(1)
+    return [(torch.randn(count, *shape, dtype=dtype), torch.randint(0, classes, (count,))) for count in counts]
 
 
 BATCHES = batches_of(16, 16, 8)
@@ -96,7 +75,7 @@ def test_only_the_classifier_changes(training):
     fit_classifier(network, OPERATIONS, BATCHES)
     assert torch.equal(random_state, torch.get_rng_state())
     for (name, value), old in zip(network.named_parameters(), before.parameters(), strict=True):
-        assert torch.equal(value, old) != name.startswith("9."), name
+        assert torch.equal(value, old) != name.startswith("5."), name
         assert value.requires_grad == old.requires_grad
         assert value.grad is None
     assert [module.training for module in network.modules()] == [module.training for module in before.modules()]

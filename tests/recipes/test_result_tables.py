@@ -128,6 +128,7 @@ def test_accuracy_table_by_hand():
         "| evolved, whole layers | - | - | - | - |",
         "| evolved, sub-tensors | **82.0 ± 0.0** | - | - | - |",
         "| from one backward pass | - | - | - | - |",
+        "| the same, multiples of 4 channels | - | - | - | - |",
         "| dynamic channels | - | - | - | **83.0 (1)** |",
     ]
 
@@ -156,6 +157,7 @@ def test_differences_table_by_hand():
         "| sub-tensors minus biases | +3.0 [0.5, 5.5]* | - | - | - |",
         "| sub-tensors minus last layers | - | - | - | - |",
         "| one pass minus sub-tensors | +3.0 (1) | - | - | - |",
+        "| multiples of 4 minus one pass | - | - | - | - |",
         "| dynamic minus sub-tensors | - | - | - | - |",
     ]
     assert differences_table(rows_of([0.8, 0.8, 0.8]), 3) == ""
