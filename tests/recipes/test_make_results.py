@@ -19,8 +19,9 @@ from microtune.recipes.make_results import (
     scheme_files,
     with_tables,
 )
-from microtune.recipes.result_rows import Result, SelectionResult, save_rows
+from microtune.recipes.result_rows import Result, SelectionResult, load_rows, save_rows
 
+ROOT = Path(__file__).parents[2]
 BASE = Result(
     "cifar10", "fp32", "biases", "extra64", 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830, 32, 0.0, 71.5
 )
@@ -199,3 +200,12 @@ def test_name_says_what_a_scheme_is_for(name):
     assert str(caught.value).startswith(
         f"scheme {name!r} of scheme.json does not say what it is for: name it data-budget-method, of extra64, "
     )
+
+
+def test_the_tables_of_the_readme_are_those_of_the_committed_results():
+    """Whoever changes a CSV, or how a table looks, renders them again."""
+    rows = load_rows(ROOT / "recipes/results/results.csv", Result)
+    of_selection = load_rows(ROOT / "recipes/results/channel_selection.csv", SelectionResult)
+    text = (ROOT / "README.md").read_text()
+    between = text.split(f"{BEGIN}\n")[1].split(f"{END}\n")[0]
+    assert results_in_markdown(rows, of_selection) in between
