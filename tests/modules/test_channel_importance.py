@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from microtune.modules import channel_importance
 from microtune.modules.channel_importance import (
     LayerImportance,
-    check_criterion,
     measure_importance,
     random_scores,
     summed_cross_entropy,
@@ -822,11 +821,3 @@ def test_an_input_that_is_written_over(in_place):
     )
     with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
         measure_importance(network, operations.convolutions, [batch])
-
-
-def test_criteria_are_checked_by_name():
-    for criterion in CRITERIA:
-        check_criterion("channel_choice", criterion)
-    text = "channel_choice is 'fischer': give one of " + ", ".join(CRITERIA)
-    with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
-        check_criterion("channel_choice", "fischer")
