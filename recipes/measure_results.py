@@ -175,7 +175,7 @@ def main(
             for cell in cells
             if tuple(cell.labels[name] for name in group) in rates
         ]
-        cells = train_until_none_diverges(cells, (*group, "budget"), group, workers, out_dir)
+        cells = train_until_none_diverges(cells, (*group, "budget"), group[:2], workers, out_dir)
         rows = [row for cell in cells if (row := row_of(plan, cell)) is not None]
         kept = load_rows(out_dir / "results.csv", Result) if (out_dir / "results.csv").exists() else []
         of_key = {row.key: row for row in [*kept, *rows]}  # also those of other methods, measured before

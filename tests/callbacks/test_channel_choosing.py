@@ -22,6 +22,7 @@ from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.datamodules.reproducible_order import data_loader
 from microtune.modules.channel_choice import highest_channels, is_due
 from microtune.modules.channel_importance import WITHOUT_DATA, Criterion, measure_importance, summed_cross_entropy
+from microtune.modules.fitted_classifier import measure_with_fitted_classifier
 from microtune.modules.operations import find_operations
 from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
 from microtune.modules.quantized_update import quantized_parameters
@@ -336,12 +337,15 @@ def test_a_choice_does_not_depend_on_the_global_random_state():
 
 @pytest.mark.parametrize("choice", CRITERIA)
 def test_the_highest_scores_are_chosen(choice):
+    """Those of the second half of the samples, through a classifier that knows the first."""
     module = new_module()
     network = copy.deepcopy(module.net)
-    convolutions = [c for c in find_operations(network, (3, 8, 8)).convolutions if c.name in CHOSEN]
+    operations = find_operations(network, (3, 8, 8))
+    convolutions = [c for c in operations.convolutions if c.name in CHOSEN]
     callback = SparseUpdate(SCHEME, channel_choice=choice, seed=4, choice_samples=16)
     fit(module, callback)
-    importance = measure_importance(network, convolutions, [(x, y_of(x)) for x in module.batches[:2]])
+    batches = [(x, y_of(x)) for x in module.batches[:2]]
+    importance, _ = measure_with_fitted_classifier(network, operations, convolutions, batches)
     expected = {
         name: highest_channels(scores, len(callback.channels[name]))
         for name, scores in importance.scores(choice, seed=4).items()
