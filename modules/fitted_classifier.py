@@ -22,7 +22,8 @@ def fit_classifier(
     """Fits the classifier alone, in place, to samples: logistic regression on the features in front of it.
 
     A fresh classifier knows nothing, and gradients through it are those of random directions. It is fitted from zero in
-    float64 by L-BFGS, with an L2 penalty on its weights, so that what it was before does not matter.
+    float64 by L-BFGS, with an L2 penalty on its weights, so that what it was before does not matter. Under
+    ``torch.distributed`` it is fitted to the samples of all ranks, and the same on all.
 
     Args:
         network: With a linear classifier in floating point; runs in evaluation mode and is otherwise left as it was.
@@ -46,14 +47,12 @@ def fit_classifier(
     if not features.isfinite().all():
         raise UserError("the features in front of the classifier are no finite numbers: give other weights")
     labels = torch.cat([labels for _, labels in batches])
+    features, labels = _of_all_ranks(features), _of_all_ranks(labels)
     weight, bias = _logistic_regression(features, labels, classifier.out_features, classifier.bias is not None)
     with torch.no_grad():
         classifier.weight.copy_(weight)
         if classifier.bias is not None:
             classifier.bias.copy_(bias)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for parameter in classifier.parameters():
-            torch.distributed.broadcast(parameter.detach(), src=0)
     return float((F.linear(features, weight, bias).argmax(1) == labels).double().mean())
 
 
@@ -72,6 +71,21 @@ def _features_of(network: nn.Module, classifier: nn.Module, batches: Sequence[Te
         for module, mode in modes:
             module.training = mode
     return torch.cat(features)
+
+
+def _of_all_ranks(values: Tensor) -> Tensor:
+    """The rows of all ranks, one rank after another, where there are several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    count = torch.tensor(len(values), device=values.device)
+    counts = [torch.zeros_like(count) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(counts, count)
+    # all ranks have to send equally many rows
+    sent = values.new_zeros(int(max(counts)), *values.shape[1:])
+    sent[: len(values)] = values
+    received = [torch.zeros_like(sent) for _ in counts]
+    torch.distributed.all_gather(received, sent)
+    return torch.cat([rows[: int(rank_count)] for rows, rank_count in zip(received, counts, strict=True)])
 
 
 @torch.enable_grad()
@@ -101,7 +115,7 @@ def measure_with_fitted_classifier(
     """Fits the classifier, for the time being, to the first half of the batches, and measures on the second half.
 
     Not on the same: there it makes hardly an error, and what is left of the gradient is noise. A single batch has to do
-    for both. Under ``torch.distributed`` all ranks take the classifier of rank 0.
+    for both.
 
     Args:
         network: With a linear classifier in floating point; left as it was.

@@ -26,6 +26,7 @@ from microtune.recipes.result_rows import (
 
 COLUMNS = 120  # of a line of Markdown
 DASH = "-"
+ASIDE = ("one_pass_4",)  # shown where it is measured
 WITH_BUDGET = [method for method in METHODS if method != "full"]
 # of differences: what is measured against what
 PAIRS = (
@@ -183,9 +184,10 @@ def accuracy_table(rows: Sequence[Result], usual: int) -> str:
     top1: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         top1.setdefault((row.method, row.budget), []).append(row.top1)
-    lines = [[accuracy_cell(top1.get((method, budget), []), usual) for budget in BUDGETS] for method in WITH_BUDGET]
+    methods = [method for method in WITH_BUDGET if _is_shown(method, rows)]
+    lines = [[accuracy_cell(top1.get((method, budget), []), usual) for budget in BUDGETS] for method in methods]
     header = [f"{rows[0].numbers}, top-1 in %", *map(budget_name, BUDGETS)]
-    named = zip(WITH_BUDGET, with_best_bold(lines), strict=True)
+    named = zip(methods, with_best_bold(lines), strict=True)
     return markdown_table(header, [[METHODS[method], *cells] for method, cells in named])
 
 
@@ -204,6 +206,10 @@ def full_update(rows: Sequence[Result], usual: int) -> str:
     )
 
 
+def _is_shown(method: str, rows: Iterable[Result]) -> bool:
+    return method not in ASIDE or any(row.method == method for row in rows)
+
+
 def differences_table(rows: Sequence[Result], usual: int) -> str:
     """Paired differences over the seeds, by budget; empty where there are none.
 
@@ -213,6 +219,8 @@ def differences_table(rows: Sequence[Result], usual: int) -> str:
     """
     lines = []
     for method, other in PAIRS:
+        if not _is_shown(method, rows):
+            continue
         cells = []
         for budget in BUDGETS:
             of_budget = [row for row in rows if row.budget == budget]
@@ -274,7 +282,8 @@ def _one_pass_minus(method: str, numbers: str, rows: Iterable[Result]) -> str:
 def missing_rows(rows: Iterable[Result]) -> list[str]:
     """What is not measured yet, in words, one line for each method and budget, or for more where more is missing.
 
-    CIFAR-100, which is not in everybody's hands, is missed only where some row of it is there.
+    CIFAR-100, which is not in everybody's hands, is missed only where some row of it is there, and what is measured
+    aside never.
 
     Example::
 
@@ -294,7 +303,8 @@ def missing_rows(rows: Iterable[Result]) -> list[str]:
                 lines.append(f"{numbers} on {data}, all rows")
                 continue
             for method in METHODS:
-                lines += _missing_of(data, numbers, method, found)
+                if method not in ASIDE:
+                    lines += _missing_of(data, numbers, method, found)
     return lines
 
 
