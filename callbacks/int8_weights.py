@@ -5,7 +5,8 @@ from typing import Any, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from microtune.callbacks.sparse_update import find_network
-from microtune.modules.quantized_update import (
+from microtune.modules.int8.stochastic_rounding import IntegerGenerator
+from microtune.modules.sparse_update.int8_update import (
     QuantizedParameter,
     WeightStorage,
     int8_convolutions,
@@ -14,7 +15,6 @@ from microtune.modules.quantized_update import (
     quantized_parameters,
     round_in_place,
 )
-from microtune.modules.stochastic_rounding import IntegerGenerator
 from microtune.modules.user_error import UserError
 
 

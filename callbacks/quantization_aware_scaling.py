@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from microtune.callbacks.int8_weights import Int8Weights
 from microtune.callbacks.sparse_update import find_network
-from microtune.modules.quantized_update import (
+from microtune.modules.sparse_update.int8_update import (
     QuantizedParameter,
     int8_convolutions,
     quantized_parameters,

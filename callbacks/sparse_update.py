@@ -12,18 +12,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from microtune.callbacks.channel_choosing import averaging_callback, first_batches
-from microtune.modules.channel_choice import choose_channels, is_due, seed_at_step, to_be_chosen
-from microtune.modules.channel_importance import (
+from microtune.modules.int8.network import QuantizedNetwork
+from microtune.modules.networks.operations import Convolution, NetworkOperations, find_operations
+from microtune.modules.sparse_update.channel_choice import choose_channels, is_due, seed_at_step, to_be_chosen
+from microtune.modules.sparse_update.channel_importance import (
     WITHOUT_DATA,
     Criterion,
     measure_importance,
     summed_cross_entropy,
 )
-from microtune.modules.fitted_classifier import measure_with_fitted_classifier
-from microtune.modules.operations import Convolution, NetworkOperations, find_operations
-from microtune.modules.quantized_network import QuantizedNetwork
-from microtune.modules.scheme_application import AppliedScheme, Method, refuse_batch_norm
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.sparse_update.fitted_classifier import measure_with_fitted_classifier
+from microtune.modules.sparse_update.scheme_application import AppliedScheme, Method, refuse_batch_norm
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class SparseUpdate(Callback):
     which keeps more than a training step does, and 4 bytes of score per channel; gradient norm and loss decrease sum
     the slices' gradients over the samples too, as gradient accumulation does. The simulation does it in one pass. What
     leaves a slice has to be written where the frozen weights are, so that the flash holds whole weights and not only
-    what is frozen. ``microtune.modules.training_memory.dynamic_choice`` has the numbers.
+    what is frozen. ``microtune.modules.memory.training_memory.dynamic_choice`` has the numbers.
 
     Args:
         scheme: What is updated: an ``UpdateScheme`` or the path of one in JSON.

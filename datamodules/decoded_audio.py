@@ -21,8 +21,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torchaudio.transforms import Resample
 
 from microtune.datamodules.progress import progress_bar
+from microtune.modules.atomic_files import whole_folder, write_json
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_folder, write_json
 
 log = logging.getLogger(__name__)
 

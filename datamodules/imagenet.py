@@ -31,8 +31,8 @@ from microtune.datamodules.image_files import (
 from microtune.datamodules.images_in_memory import Normalization, check_image_arguments
 from microtune.datamodules.progress import progress_bar
 from microtune.datamodules.reproducible_order import random_bits, stratified_split
+from microtune.modules.atomic_files import whole_folder
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_folder
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from microtune.datamodules.progress import progress_bar
 from microtune.datamodules.reproducible_order import Key, data_loader
-from microtune.modules.frozen_trunk import features_of
+from microtune.modules.atomic_files import whole_folder
+from microtune.modules.search.frozen_trunk import features_of
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_folder
 
 KeepName = Literal["memory", "disk", "none"]
 Split = Literal["train", "val", "test"]

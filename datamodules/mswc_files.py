@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from microtune.datamodules.archives import read_archive
 from microtune.datamodules.mswc_splits import SPLITS, Splits, some_of
+from microtune.modules.atomic_files import whole_folder
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_folder
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from microtune.datamodules.keyword_audio import (
     spectrogram_shape,
 )
 from microtune.datamodules.reproducible_order import data_loader, random_bits
+from microtune.modules.atomic_files import whole_folder
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_folder
 
 log = logging.getLogger(__name__)
 

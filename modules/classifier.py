@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from microtune.modules.mobilenet_v2 import build_network
-from microtune.modules.quantized_network import build_quantized_network
+from microtune.modules.int8.network import build_quantized_network
+from microtune.modules.networks.mobilenet_v2 import build_network
 
 OptimizerName = Literal["sgd", "adamw"]
 

@@ -28,24 +28,17 @@ import torch
 from deap import tools
 
 from microtune.datamodules.progress import progress_bar
-from microtune.modules.contributions import ContributionTable
-from microtune.modules.scheme_optimum import proven_optimum
-from microtune.modules.scheme_search import Genome, Memory, random_search
+from microtune.modules.atomic_files import write_json
+from microtune.modules.search.contributions import ContributionTable
+from microtune.modules.search.genome_bytes import Memory
+from microtune.modules.search.integer_program import Genome
+from microtune.modules.search.random_search import random_search
+from microtune.modules.search.scheme_optimum import proven_optimum
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import write_json
-from microtune.recipes.command_line import check_at_least_one, flat, run
-from microtune.recipes.finalists import train_finalists
-from microtune.recipes.genetic_algorithm import evolve, make_toolbox
-from microtune.recipes.networks import DescribedNetwork
-from microtune.recipes.run_folder import (
-    LoggerName,
-    check_run_folder,
-    open_run_folder,
-    plain,
-    refuse_another_run,
-    write_config,
-)
-from microtune.recipes.search_report import (
+from microtune.recipes.search.checkpoint import SearchState
+from microtune.recipes.search.finalists import train_finalists
+from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, make_toolbox
+from microtune.recipes.search.report import (
     SearchLog,
     draw_front,
     draw_search,
@@ -54,7 +47,7 @@ from microtune.recipes.search_report import (
     print_report,
     updated_layers,
 )
-from microtune.recipes.search_setup import (
+from microtune.recipes.search.setup import (
     GRADIENT,
     Level,
     Search,
@@ -74,15 +67,23 @@ from microtune.recipes.search_setup import (
     searched_table,
     table_search,
 )
-from microtune.recipes.search_state import SearchState
-from microtune.recipes.trial_setup import TrialSettings, accuracies
-from microtune.recipes.workers import Workers
+from microtune.recipes.search.trials import TrialSettings, accuracies
+from microtune.recipes.search.workers import Workers
+from microtune.recipes.training.command_line import check_at_least_one, flat, run
+from microtune.recipes.training.networks import DescribedNetwork
+from microtune.recipes.training.run_folder import (
+    LoggerName,
+    check_run_folder,
+    open_run_folder,
+    plain,
+    refuse_another_run,
+    write_config,
+)
 
 log = logging.getLogger(__name__)
 
 RECIPE = "evolve_update_scheme"
 FitnessName = Literal["table", "accuracy"]
-POPULATION = {"table": 40, "accuracy": 16}
 EVALUATIONS = {"table": 5000, "accuracy": 200}
 FINALISTS = 4
 BASE_DEPTH = 36  # of a gradient

@@ -23,25 +23,25 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from microtune.datamodules.reproducible_order import seeded_torch
-from microtune.modules.activation_ranges import RangeEstimator
 from microtune.modules.classifier import Classifier
-from microtune.modules.mobilenet_v2 import KERAS_SUFFIXES
-from microtune.modules.post_training_quantization import (
+from microtune.modules.int8.activation_ranges import RangeEstimator
+from microtune.modules.int8.files import is_quantized_file, write_quantized_network
+from microtune.modules.int8.graph import INT8_SUFFIX, QuantizedGraph
+from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
+from microtune.modules.int8.post_training_quantization import (
     calibrate,
     quantize_after_training,
     renormalized,
 )
-from microtune.modules.published_networks import read_published_network
-from microtune.modules.quantized_files import is_quantized_file, write_quantized_network
-from microtune.modules.quantized_graph import INT8_SUFFIX, QuantizedGraph
-from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
-from microtune.modules.quantized_update import NEAR_ZERO
+from microtune.modules.int8.published_networks import read_published_network
+from microtune.modules.networks.mobilenet_v2 import KERAS_SUFFIXES
+from microtune.modules.sparse_update.int8_update import NEAR_ZERO
 from microtune.modules.user_error import UserError
-from microtune.recipes.command_line import check_at_least_one, run
-from microtune.recipes.data_sets import CLASSES, DataName, data_module
-from microtune.recipes.memory_figures import KIB, size_of
-from microtune.recipes.networks import describe_network, input_shape_of
-from microtune.recipes.training import check_ranges, load_pretrained
+from microtune.recipes.training.command_line import check_at_least_one, run
+from microtune.recipes.training.data_sets import CLASSES, DataName, data_module
+from microtune.recipes.training.memory_figures import KIB, size_of
+from microtune.recipes.training.networks import describe_network, input_shape_of
+from microtune.recipes.training.training import check_ranges, load_pretrained
 
 PICKLE_SUFFIXES = (".pkl", ".pickle")
 SUFFIXES = (".pth", ".pt", ".ckpt", *KERAS_SUFFIXES)

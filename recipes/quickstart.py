@@ -37,27 +37,32 @@ from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.datamodules.digits import Digits
 from microtune.datamodules.kept_features import TrunkFeatures
 from microtune.datamodules.progress import progress_bar
-from microtune.modules.batch_norm_folding import fold_batch_norm
+from microtune.modules.atomic_files import whole_file, write_json
 from microtune.modules.classifier import Classifier
-from microtune.modules.contributions import ContributionTable
-from microtune.modules.frozen_trunk import cut_network
-from microtune.modules.microcontrollers import Microcontroller, microcontroller
-from microtune.modules.mobilenet_v2 import build_network
-from microtune.modules.peak_memory import PeakMemory
-from microtune.modules.saved_for_backward import measure_saved_bytes
-from microtune.modules.scheme_optimum import proven_optimum
-from microtune.modules.trial_training import TrialTraining
-from microtune.modules.update_scheme import UpdateScheme
-from microtune.modules.whole_files import whole_file, write_json
-from microtune.recipes.benchmark_step import interleaved_seconds, prepared, training_step
-from microtune.recipes.command_line import check_at_least_one, run
-from microtune.recipes.genetic_algorithm import evolve, make_toolbox
-from microtune.recipes.measure_contributions import Trial, contributions_of, draw_contributions, updates_to_measure
-from microtune.recipes.memory_figures import KIB, memory_figures
-from microtune.recipes.networks import NAMED_SCHEMES, DescribedNetwork, describe_network, scheme_by_name_or_file
-from microtune.recipes.run_folder import LoggerName, make_loggers, open_run_folder, wandb_run, write_config
-from microtune.recipes.search_setup import Budget, make_problem
-from microtune.recipes.search_state import SearchState
+from microtune.modules.memory.microcontrollers import Microcontroller, microcontroller
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.memory.saved_for_backward import measure_saved_bytes
+from microtune.modules.networks.batch_norm_folding import fold_batch_norm
+from microtune.modules.networks.mobilenet_v2 import build_network
+from microtune.modules.search.contributions import ContributionTable
+from microtune.modules.search.frozen_trunk import cut_network
+from microtune.modules.search.scheme_optimum import proven_optimum
+from microtune.modules.search.trials import TrialTraining
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.search.checkpoint import SearchState
+from microtune.recipes.search.contribution_trials import Trial, contributions_of, draw_contributions, updates_to_measure
+from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
+from microtune.recipes.search.setup import Budget, make_problem
+from microtune.recipes.training.command_line import check_at_least_one, run
+from microtune.recipes.training.memory_figures import KIB, memory_figures
+from microtune.recipes.training.networks import (
+    NAMED_SCHEMES,
+    DescribedNetwork,
+    describe_network,
+    scheme_by_name_or_file,
+)
+from microtune.recipes.training.run_folder import LoggerName, make_loggers, open_run_folder, wandb_run, write_config
+from microtune.recipes.training.step_time import interleaved_seconds, prepared, training_step
 
 KNOWN_DIGITS, NEW_DIGITS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 WIDTH, RESOLUTION = 0.35, 32

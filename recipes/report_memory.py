@@ -16,12 +16,12 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from microtune.modules.microcontrollers import Microcontroller, microcontroller
-from microtune.modules.peak_memory import OptimizerState, PeakMemory, Timeline
-from microtune.modules.training_memory import LayerExtraMemory, extra_memory_per_layer
-from microtune.recipes.command_line import run
-from microtune.recipes.memory_figures import KIB, draw_memory, memory_figures, size_of, what_would_fit
-from microtune.recipes.networks import describe_network, scheme_by_name_or_file, source_of_weights
+from microtune.modules.memory.microcontrollers import Microcontroller, microcontroller
+from microtune.modules.memory.peak_memory import OptimizerState, PeakMemory, Timeline
+from microtune.modules.memory.training_memory import LayerExtraMemory, extra_memory_per_layer
+from microtune.recipes.training.command_line import run
+from microtune.recipes.training.memory_figures import KIB, draw_memory, memory_figures, size_of, what_would_fit
+from microtune.recipes.training.networks import describe_network, scheme_by_name_or_file, source_of_weights
 
 
 def main(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from microtune.datamodules.image_folder import ImageFolder
-from microtune.recipes.command_line import flat, run
-from microtune.recipes.networks import normalization_of, source_of_weights
-from microtune.recipes.training import train
+from microtune.recipes.training.command_line import flat, run
+from microtune.recipes.training.networks import normalization_of, source_of_weights
+from microtune.recipes.training.training import train
 
 
 def main(

@@ -22,10 +22,10 @@ from microtune.datamodules.decoded_audio import CacheName
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.user_error import UserError
-from microtune.recipes.command_line import flat, listed, run
-from microtune.recipes.networks import source_of_weights
-from microtune.recipes.train_speech_commands import LEARNING_RATE_FROM_SCRATCH, check_spectrograms
-from microtune.recipes.training import train
+from microtune.recipes.training.command_line import flat, listed, run
+from microtune.recipes.training.networks import source_of_weights
+from microtune.recipes.training.speech import LEARNING_RATE_FROM_SCRATCH, check_spectrograms
+from microtune.recipes.training.training import train
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from microtune.datamodules.decoded_audio import CacheName
-from microtune.datamodules.keyword_audio import spectrogram_shape
 from microtune.datamodules.speech_commands import SpeechCommands, Task
-from microtune.modules.user_error import UserError
-from microtune.recipes.command_line import flat, run
-from microtune.recipes.networks import input_shape_of, source_of_weights
-from microtune.recipes.training import train
-
-# for batches of 32; AdamW at 0.003 was some points behind on the validation split
-LEARNING_RATE_FROM_SCRATCH = 0.1
+from microtune.recipes.training.command_line import flat, run
+from microtune.recipes.training.networks import source_of_weights
+from microtune.recipes.training.speech import LEARNING_RATE_FROM_SCRATCH, check_spectrograms
+from microtune.recipes.training.training import train
 
 
 def main(
@@ -68,14 +64,6 @@ def main(
         data, "train_speech_commands", arguments, weights, epochs, batch_size, seed,
         scratch_defaults={"learning_rate": LEARNING_RATE_FROM_SCRATCH * batch_size / 32}, network=network, **options,
     )  # fmt: skip
-
-
-def check_spectrograms(weights: str, n_mels: int, hop_ms: int) -> None:
-    """Raises ``UserError`` if weights were trained on other spectrograms; images have three channels and may differ."""
-    known, wanted = input_shape_of(weights), spectrogram_shape(n_mels, hop_ms)
-    if known is not None and known[0] == 1 and known != wanted:
-        remedy = "give its n_mels and hop_ms"
-        raise UserError(f"{weights} was trained on spectrograms of shape {known}, not {wanted}: {remedy}")
 
 
 if __name__ == "__main__":

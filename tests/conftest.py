@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from microtune.modules.quantized_files import tensor_shapes
-from microtune.modules.quantized_graph import (
+from microtune.modules.int8.files import tensor_shapes
+from microtune.modules.int8.graph import (
     InvertedResidual,
     Quantization,
     QuantizedClassifier,

@@ -20,13 +20,18 @@ from microtune.callbacks.int8_weights import Int8Weights
 from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.datamodules.reproducible_order import data_loader
-from microtune.modules.channel_choice import highest_channels, is_due
-from microtune.modules.channel_importance import WITHOUT_DATA, Criterion, measure_importance, summed_cross_entropy
-from microtune.modules.fitted_classifier import measure_with_fitted_classifier
-from microtune.modules.operations import find_operations
-from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
-from microtune.modules.quantized_update import quantized_parameters
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
+from microtune.modules.networks.operations import find_operations
+from microtune.modules.sparse_update.channel_choice import highest_channels, is_due
+from microtune.modules.sparse_update.channel_importance import (
+    WITHOUT_DATA,
+    Criterion,
+    measure_importance,
+    summed_cross_entropy,
+)
+from microtune.modules.sparse_update.fitted_classifier import measure_with_fitted_classifier
+from microtune.modules.sparse_update.int8_update import quantized_parameters
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 METHODS = ["sub_tensor", "mask"]

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from microtune.callbacks.int8_weights import Int8Weights
 from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
 from microtune.callbacks.sparse_update import SparseUpdate
-from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors, quantized_tensors
-from microtune.modules.stochastic_rounding import IntegerGenerator, round_stochastically
-from microtune.modules.subtensor import by_input_channel
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors, quantized_tensors
+from microtune.modules.int8.stochastic_rounding import IntegerGenerator, round_stochastically
+from microtune.modules.sparse_update.subtensor import by_input_channel
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 METHODS, STORAGES = ["sub_tensor", "mask"], ["latent", "in_place"]

@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from microtune.callbacks.int8_weights import Int8Weights
 from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
 from microtune.callbacks.sparse_update import SparseUpdate
-from microtune.modules.quantized_graph import (
+from microtune.modules.int8.graph import (
     InvertedResidual,
     Quantization,
     QuantizedClassifier,
     QuantizedConvolution,
     QuantizedGraph,
 )
-from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 IMAGE, SAMPLES, CLASSES = Quantization(0.0137, 3), 9, 4

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from microtune.callbacks.sparse_update import SparseUpdate
-from microtune.modules.subtensor import MaskedReLU, SubTensorConv2d
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.sparse_update.subtensor import MaskedReLU, SubTensorConv2d
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
 METHODS = ["sub_tensor", "mask"]

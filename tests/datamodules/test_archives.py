@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtune.datamodules.archives import read_archive, unpack
+from microtune.modules.atomic_files import whole_folder
 from microtune.modules.user_error import UserError
-from microtune.modules.whole_files import whole_folder
 
 FILES = {f"clips/word_{k}/größe.bin": np.random.default_rng(k).bytes(300 + 400 * k) for k in range(4)}
 HEADER = 512  # bytes, of each member

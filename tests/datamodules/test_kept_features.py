@@ -11,10 +11,10 @@ from microtune.datamodules.digits import Digits
 from microtune.datamodules.image_folder import ImageFolder
 from microtune.datamodules.kept_features import MIB, TrunkFeatures
 from microtune.datamodules.speech_commands import COMMANDS, SpeechCommands
-from microtune.modules.batch_norm_folding import fold_batch_norm
-from microtune.modules.frozen_trunk import cut_network, features_of
-from microtune.modules.mobilenet_v2 import mobilenet_v2
-from microtune.modules.operations import find_operations
+from microtune.modules.networks.batch_norm_folding import fold_batch_norm
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.operations import find_operations
+from microtune.modules.search.frozen_trunk import cut_network, features_of
 from microtune.modules.user_error import UserError
 
 KEEPS = ["memory", "disk", "none"]

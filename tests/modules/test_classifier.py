@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from microtune.callbacks.sparse_update import SparseUpdate
-from microtune.modules.batch_norm_folding import find_batch_norm
 from microtune.modules.classifier import Classifier, learning_rate_factor
-from microtune.modules.mobilenet_v2 import build_network, load_weights
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.networks.batch_norm_folding import find_batch_norm
+from microtune.modules.networks.mobilenet_v2 import build_network, load_weights
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 FOLDED = {"width": 0.1, "num_classes": 3, "in_channels": 1, "folded": True}

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,30 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 from microtune.modules.classifier import Classifier
-from microtune.modules.contributions import Contribution, ContributionTable
-from microtune.modules.mobilenet_v2 import mobilenet_v2
-from microtune.modules.operations import find_operations
-from microtune.modules.simple_schemes import is_expanding
-from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes import paired_trainings
-from microtune.recipes.command_line import run
-from microtune.recipes.networks import describe_network
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.operations import find_operations
+from microtune.modules.search.contributions import Contribution, ContributionTable
+from microtune.modules.sparse_update.simple_schemes import is_expanding
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.studies import paired_trainings
+from microtune.recipes.training.command_line import run
+from microtune.recipes.training.networks import describe_network
 
 ROOT = Path(__file__).parents[2]
 TRAINING_RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("train_*.py"))
 BLOCK_BYTES = 32768  # of a LevelDB log
+
+
+def file_of(recipe: str) -> Path:
+    """The file of a recipe or of a study."""
+    paths = ROOT / f"recipes/{recipe}.py", ROOT / f"recipes/studies/{recipe}.py"
+    (found,) = filter(Path.exists, paths)
+    return found
+
+
+def imported(recipe: str) -> ModuleType:
+    """The module of a recipe or of a study."""
+    return importlib.import_module(".".join(("microtune", *file_of(recipe).relative_to(ROOT).with_suffix("").parts)))
 
 
 @dataclass
@@ -64,7 +76,7 @@ def command(monkeypatch, capfd) -> Callable[..., Ended]:
     """Calls ``command("train_cifar", "--epochs", 2)`` in this process."""
 
     def call(recipe: str, *words: Any) -> Ended:
-        main = importlib.import_module(f"microtune.recipes.{recipe}").main
+        main = imported(recipe).main
         monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, words)])
         capfd.readouterr()
         status = 0
@@ -126,7 +138,7 @@ def process() -> Callable[..., Ended]:
     """Runs ``process("train_cifar", "--epochs", 2)`` in a process of its own; keywords are environment variables."""
 
     def call(recipe: str, *words: Any, **environment: str) -> Ended:
-        child = start_process(ROOT / f"recipes/{recipe}.py", *words, **environment)
+        child = start_process(file_of(recipe), *words, **environment)
         output, errors = child.communicate(timeout=120)
         return Ended(child.returncode, output, errors)
 
@@ -136,7 +148,7 @@ def process() -> Callable[..., Ended]:
 @pytest.fixture(scope="session")
 def start_recipe() -> Callable[..., subprocess.Popen]:
     """Starts a recipe in a process of its own and leaves it running."""
-    return lambda recipe, *words: start_process(ROOT / f"recipes/{recipe}.py", *words)
+    return lambda recipe, *words: start_process(file_of(recipe), *words)
 
 
 @pytest.fixture(scope="session")

@@ -13,23 +13,22 @@ import pytest
 import yaml
 from jsonargparse import auto_parser
 
-from microtune.modules.contributions import ContributionTable
-from microtune.modules.microcontrollers import MICROCONTROLLERS, microcontroller
-from microtune.modules.peak_memory import PeakMemory
-from microtune.modules.simple_schemes import is_expanding
-from microtune.modules.training_memory import extra_memory_bytes, flash_bytes
-from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes.benchmark_search import settings_of_measurement
-from microtune.recipes.command_line import parse
-from microtune.recipes.measure_contributions import (
+from microtune.modules.memory.microcontrollers import MICROCONTROLLERS, microcontroller
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.memory.training_memory import extra_memory_bytes, flash_bytes
+from microtune.modules.search.contributions import ContributionTable
+from microtune.modules.sparse_update.simple_schemes import is_expanding
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.search.contribution_trials import (
     contributions_of,
-    numbers,
     read_trials,
     updates_to_measure,
     write_trials,
 )
-from microtune.recipes.networks import DescribedNetwork, describe_network
-from microtune.recipes.shared_folder import CLAIMS
+from microtune.recipes.search.shared_folder import CLAIMS
+from microtune.recipes.studies.benchmark_search import settings_of_measurement
+from microtune.recipes.training.command_line import numbers, parse
+from microtune.recipes.training.networks import DescribedNetwork, describe_network
 
 ROOT = Path(__file__).parents[2]
 MEASUREMENTS = sorted(path.parent for path in (ROOT / "recipes/contributions").glob("*/contributions.csv"))

@@ -23,25 +23,25 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from microtune.datamodules.digits import Digits
-from microtune.modules.batch_norm_folding import fold_batch_norm
-from microtune.modules.channel_choice import highest_channels
-from microtune.modules.contributions import ContributionTable
-from microtune.modules.gradient_contributions import gradient_table
-from microtune.modules.microcontrollers import MICROCONTROLLERS
-from microtune.modules.mobilenet_v2 import mobilenet_v2
-from microtune.modules.peak_memory import PeakMemory
-from microtune.modules.quantized_files import write_quantized_network
-from microtune.modules.scheme_optimum import proven_optimum
-from microtune.modules.scheme_search import SearchProblem
-from microtune.modules.training_memory import extra_memory_bytes
-from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes import trial_setup
-from microtune.recipes.command_line import run
+from microtune.modules.int8.files import write_quantized_network
+from microtune.modules.memory.microcontrollers import MICROCONTROLLERS
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.memory.training_memory import extra_memory_bytes
+from microtune.modules.networks.batch_norm_folding import fold_batch_norm
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.search.contributions import ContributionTable
+from microtune.modules.search.gradient_contributions import gradient_table
+from microtune.modules.search.scheme_optimum import proven_optimum
+from microtune.modules.search.search_problem import SearchProblem
+from microtune.modules.sparse_update.channel_choice import highest_channels
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.evolve_update_scheme import main
-from microtune.recipes.memory_figures import scheme_fits
-from microtune.recipes.networks import describe_network
-from microtune.recipes.search_setup import measure_gradient
-from microtune.recipes.workers import Workers
+from microtune.recipes.search import trials as trial_setup
+from microtune.recipes.search.setup import measure_gradient
+from microtune.recipes.search.workers import Workers
+from microtune.recipes.training.command_line import run
+from microtune.recipes.training.memory_figures import scheme_fits
+from microtune.recipes.training.networks import describe_network
 
 RECIPE = "evolve_update_scheme"
 MEASURED = Path(__file__).parents[2] / "recipes/contributions/mobilenet_v2-w0.35_cifar10/contributions.csv"

@@ -14,12 +14,12 @@ import yaml
 
 from microtune.datamodules.cifar import CIFAR
 from microtune.modules.classifier import Classifier
-from microtune.modules.peak_memory import PeakMemory
-from microtune.modules.quantized_files import read_quantized_network, write_quantized_network
-from microtune.modules.quantized_graph import Quantization
-from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
-from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes.networks import describe_network
+from microtune.modules.int8.files import read_quantized_network, write_quantized_network
+from microtune.modules.int8.graph import Quantization
+from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.training.networks import describe_network
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("train_*.py"))
 SPEECH = ("train_mswc", "train_speech_commands")

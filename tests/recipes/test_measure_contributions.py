@@ -19,13 +19,13 @@ from PIL import Image
 from torch import nn
 
 from microtune.datamodules.digits import Digits
-from microtune.modules.batch_norm_folding import fold_batch_norm
-from microtune.modules.contributions import ContributionTable
-from microtune.modules.mobilenet_v2 import mobilenet_v2
-from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes import trial_setup
+from microtune.modules.networks.batch_norm_folding import fold_batch_norm
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.search.contributions import ContributionTable
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.measure_contributions import main
-from microtune.recipes.trial_setup import TrialSettings
+from microtune.recipes.search import trials as trial_setup
+from microtune.recipes.search.trials import TrialSettings
 
 RECIPE = "measure_contributions"
 EXPANDING = ("features.16.conv.0.0", "features.17.conv.0.0")  # within the last six convolutions
@@ -379,7 +379,7 @@ def test_what_another_process_is_at_is_left_to_it(whole, finished, measure, monk
         waited.append(len(read(finished / "trials.csv")))
         other.release()  # it died
 
-    monkeypatch.setattr("microtune.recipes.measure_contributions.time.sleep", sleep)
+    monkeypatch.setattr("microtune.recipes.search.contribution_trials.time.sleep", sleep)
     assert made_here(measure(finished)) == TRIALS - 4
     assert waited == [TRIALS - 2 * 2]  # of two seeds, the two updates of the last group
     assert table_of(finished) == table_of(whole)
@@ -400,7 +400,7 @@ def test_a_process_does_not_wait_for_another_where_the_references_are_known(whol
         return original(lock, timeout, **options)
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
-    monkeypatch.setattr("microtune.recipes.measure_contributions.time.sleep", lambda _: other.release())
+    monkeypatch.setattr("microtune.recipes.search.contribution_trials.time.sleep", lambda _: other.release())
     measure(finished)
     assert table_of(finished) == table_of(whole)
     assert blocking == []

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from microtune.datamodules.digits import Digits
-from microtune.modules.batch_norm_folding import fold_batch_norm
 from microtune.modules.classifier import Classifier
-from microtune.modules.mobilenet_v2 import build_network
-from microtune.modules.post_training_quantization import calibrate, quantize_after_training, renormalized
-from microtune.modules.published_networks import read_published_network
-from microtune.modules.quantized_files import read_quantized_network
-from microtune.modules.quantized_network import QuantizedNetwork, load_quantized_tensors
+from microtune.modules.int8.files import read_quantized_network
+from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
+from microtune.modules.int8.post_training_quantization import calibrate, quantize_after_training, renormalized
+from microtune.modules.int8.published_networks import read_published_network
+from microtune.modules.networks.batch_norm_folding import fold_batch_norm
+from microtune.modules.networks.mobilenet_v2 import build_network
 from microtune.recipes.quantize_network import CLASSES, RECIPES, TrainingSamples, channels_near_zero, not_augmented
 
 NETWORK = {"width": 0.1, "num_classes": 10, "in_channels": 1, "folded": False}

@@ -10,15 +10,15 @@ import pytest
 import wandb
 from PIL import Image
 
-from microtune.modules.contributions import Contribution, ContributionTable
-from microtune.modules.microcontrollers import Fit, microcontroller
-from microtune.modules.mobilenet_v2 import mobilenet_v2
-from microtune.modules.operations import find_operations
-from microtune.modules.peak_memory import PeakMemory
-from microtune.modules.training_memory import autograd_bytes_per_sample, extra_memory_bytes, flash_bytes
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.memory.microcontrollers import Fit, microcontroller
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.memory.training_memory import autograd_bytes_per_sample, extra_memory_bytes, flash_bytes
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.operations import find_operations
+from microtune.modules.search.contributions import Contribution, ContributionTable
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes import quickstart
-from microtune.recipes.search_setup import Budget, make_problem
+from microtune.recipes.search.setup import Budget, make_problem
 
 METHODS = ["classifier", "biases", "last_layers", "sub_tensor", "full", "evolved"]
 KEYS = {

@@ -12,11 +12,11 @@ import pytest
 import torchvision
 from jsonargparse import auto_parser
 
-from microtune.modules.batch_norm_folding import fold_batch_norm
-from microtune.modules.mobilenet_v2 import mobilenet_v2
-from microtune.modules.operations import find_operations
-from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes.command_line import parse
+from microtune.modules.networks.batch_norm_folding import fold_batch_norm
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.operations import find_operations
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.training.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -27,12 +27,13 @@ def blocks(language):
 
 
 def runnable_recipes():
-    return {path.name for path in (ROOT / "recipes").glob("*.py") if path.read_text().endswith("    run(main)\n")}
+    paths = [path for folder in ("recipes", "recipes/studies") for path in (ROOT / folder).glob("*.py")]
+    return {str(path.relative_to(ROOT)) for path in paths if path.read_text().endswith("    run(main)\n")}
 
 
 def recipe_commands():
     """Every command line of a recipe in the README and in the recipes' own docstrings."""
-    texts = ["\n".join(blocks("bash")), *(path.read_text() for path in (ROOT / "recipes").glob("*.py"))]
+    texts = ["\n".join(blocks("bash")), *(path.read_text() for path in (ROOT / "recipes").rglob("*.py"))]
     lines = re.sub(r"\\+\n", " ", "\n".join(texts)).splitlines()
     return [found.group() for line in lines if (found := re.search(r"(?<=uv run )recipes/.*", line))]
 
@@ -44,7 +45,7 @@ def test_every_figure_is_filled_in():
 def test_commands_were_found():
     recipes = {shlex.split(line)[0] for line in recipe_commands()}
     # every recipe shows how it is called, in its docstring at least
-    assert recipes == {f"recipes/{name}" for name in runnable_recipes()}
+    assert recipes == runnable_recipes()
     assert len(blocks("bash")) >= 5
 
 
@@ -52,13 +53,13 @@ def test_commands_were_found():
 def test_command_is_understood(line):
     recipe, *words = shlex.split(line)
     assert (ROOT / recipe).is_file()
-    main = importlib.import_module(f"microtune.recipes.{Path(recipe).stem}").main
+    main = importlib.import_module(f"microtune.{recipe.removesuffix('.py').replace('/', '.')}").main
     parse(auto_parser(main, as_positional=False, allow_abbrev=False, exit_on_error=False), words)
 
 
 def test_recipes_that_the_readme_names_are_there():
     named = set(re.findall(r"`(\w+\.py)`", README))
-    assert named == runnable_recipes()
+    assert named == {Path(recipe).name for recipe in runnable_recipes()}
 
 
 def test_script_with_an_own_module_runs_outside_the_checkout(tmp_path):

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from microtune.modules.microcontrollers import microcontroller
-from microtune.modules.mobilenet_v2 import mobilenet_v2
-from microtune.modules.operations import find_operations
-from microtune.modules.peak_memory import PeakMemory
-from microtune.modules.training_memory import (
+from microtune.modules.memory.microcontrollers import microcontroller
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.memory.training_memory import (
     autograd_bytes_per_sample,
     extra_memory_bytes,
     extra_memory_per_layer,
 )
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.operations import find_operations
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes import report_memory
 
 REFERENCE = Path(__file__).parents[3] / "shared/reference/mbv2-w0.35_extra_memory.json"

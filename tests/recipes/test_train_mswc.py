@@ -15,7 +15,8 @@ from lightning.pytorch import Trainer
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.classifier import Classifier
-from microtune.recipes import train_mswc, train_speech_commands, training
+from microtune.recipes import train_mswc, train_speech_commands
+from microtune.recipes.training import training
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 FORGETTING = {"earlier_top1_before", "earlier_top1_after"}

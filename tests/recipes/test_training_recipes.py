@@ -21,11 +21,11 @@ from microtune.datamodules.imagenet import ImageNet
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.classifier import Classifier
-from microtune.modules.mobilenet_v2 import NORMALIZATION, mobilenet_v2
-from microtune.modules.operations import find_operations
-from microtune.modules.peak_memory import PeakMemory
-from microtune.modules.update_scheme import UpdateScheme
-from microtune.recipes import training
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.networks.mobilenet_v2 import NORMALIZATION, mobilenet_v2
+from microtune.modules.networks.operations import find_operations
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.training import training
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("train_*.py"))
 REPORT_KEYS = {"top1", "val_top1", "loss", "train_samples", "val_samples", "test_samples", "classes", "seconds"}
@@ -285,7 +285,7 @@ def test_run_is_not_written_over(finished_runs, command):
 
 def test_default_folders_of_runs_of_the_same_second(tiny_run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("microtune.recipes.run_folder.time.strftime", lambda _: "20261120-060000")
+    monkeypatch.setattr("microtune.recipes.training.run_folder.time.strftime", lambda _: "20261120-060000")
     for _ in range(2):
         main_of("train_cifar")(**tiny_run("train_cifar") | {"epochs": 1})
     names = sorted(path.name for path in (tmp_path / "runs/train_cifar").iterdir())

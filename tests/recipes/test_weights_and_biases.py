@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import wandb
 
-from microtune.modules.update_scheme import UpdateScheme
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from microtune.modules.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 
 NETWORK = "mobilenet_v2-w0.35"
 EXPANSION, EARLY = "features.17.conv.0.0", "features.2.conv.0.0"

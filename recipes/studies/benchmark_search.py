@@ -1,0 +1,399 @@
+"""Judges the search: evolution against the proven optimum and random search, by table and by real training.
+
+    uv run recipes/studies/benchmark_search.py --level table --processes 2 --out_dir runs/by_table
+    uv run recipes/studies/benchmark_search.py --level accuracy --processes 2 --out_dir runs/by_accuracy
+    uv run recipes/studies/benchmark_search.py --level speed
+
+By table: three contribution tables (the two of ``recipes/contributions`` and a made one in which budget and layers
+play together), five budgets, ten seeds. By accuracy: evolution, random search with the same repair and as many trials,
+and the table's optimum alone, on the data of those two tables. A search that is finished is kept in the folder, so that
+the same command goes on where it was stopped.
+"""
+
+import itertools
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from microtune.datamodules.progress import progress_bar
+from microtune.modules.atomic_files import whole_file, write_json
+from microtune.modules.memory.training_memory import extra_memory_bytes
+from microtune.modules.networks.operations import NetworkOperations
+from microtune.modules.search.contributions import Contribution, ContributionTable
+from microtune.modules.search.genome_bytes import Memory
+from microtune.modules.search.integer_program import Genome
+from microtune.modules.search.random_search import random_search
+from microtune.modules.search.scheme_optimum import proven_optimum
+from microtune.modules.search.search_problem import SearchProblem
+from microtune.modules.sparse_update.simple_schemes import is_expanding
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+from microtune.recipes.search.checkpoint import SearchState
+from microtune.recipes.search.finalists import train_finalists
+from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, make_toolbox
+from microtune.recipes.search.setup import Budget, budget_of, good_guesses, make_problem
+from microtune.recipes.search.shared_folder import open_shared_folder
+from microtune.recipes.search.trials import TrialSettings, accuracy, described_by
+from microtune.recipes.search.workers import Workers
+from microtune.recipes.training.command_line import check_at_least_one, listed, run
+from microtune.recipes.training.memory_figures import KIB
+from microtune.recipes.training.networks import DescribedNetwork
+from microtune.recipes.training.run_folder import new_folder, plain, read_config
+
+MEASUREMENTS = (
+    "recipes/contributions/mobilenet_v2-w0.35_cifar10,recipes/contributions/mobilenet_v2-w0.35_speech_commands"
+)
+# within 16 KiB a dozen schemes are all there is, and every search finds the best
+EXTRA_BUDGETS_KIB = (32, 48, 64, 100)
+PEAK_BUDGET = "nrf52840"
+MADE = "made"
+ARMS = ("evolution", "random", "optimum")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One search, or one budget of a table with all its searches; plain values, since it goes to another process."""
+
+    level: str
+    measurement: str
+    budget: str
+    seed: int
+    arm: str
+    evaluations: int
+    trial_steps: int
+    final_steps: int
+    final_seeds: int
+
+    @property
+    def file_name(self) -> str:
+        """Where its result is kept."""
+        return f"{self.level}_{Path(self.measurement).name}_{self.budget}_{self.arm}_seed{self.seed}.json"
+
+
+def main(
+    level: Literal["table", "accuracy", "speed"] = "table",
+    measurements: str = MEASUREMENTS,
+    accuracy_budget_kib: int = 48,
+    evaluations: int | None = None,
+    seeds: int | None = None,
+    trial_steps: int = 60,
+    final_steps: int = 160,
+    final_seeds: int = 3,
+    processes: int = 1,
+    out_dir: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Judges the search: evolution against the proven optimum and random search, by table and by real training.
+
+    Args:
+        level: What schemes are scored by: the contribution table, or the accuracy of a short training; or speed, how
+            long it takes to score and repair as many genomes as ``evaluations`` says, by default 100,000.
+        measurements: Folders of measure_contributions.py, separated by commas: the tables, and the data they are of.
+        accuracy_budget_kib: Extra memory, in KiB, of the searches by accuracy.
+        evaluations: Of each search; by default 5,000 by table (random search also gets four times as many), 200 by
+            accuracy.
+        seeds: Repetitions; by default 10 by table, 3 by accuracy.
+        trial_steps: Optimizer steps of a trial.
+        final_steps: Optimizer steps with which, by accuracy, finalists and what each search returns are trained.
+        final_seeds: Trainings of what each search returns, on whose test accuracy it is judged.
+        processes: Processes of this machine that search, one thread each.
+        out_dir: Folder of the results; by default a new one below runs/.
+    """
+    arguments = plain(dict(locals()))
+    torch.set_num_threads(1)
+    counts = {"evaluations": evaluations, "seeds": seeds, "processes": processes}
+    check_at_least_one(**counts, trial_steps=trial_steps, final_steps=final_steps, final_seeds=final_seeds)
+    folders = [Path(name) for name in listed(measurements)]
+    refuse_wrong_folders(folders)
+    budget_of("extra", accuracy_budget_kib, None, None, None, None)
+    if level == "speed":
+        return [measure_speed(folders[0], memory, evaluations or 100_000) for memory in ("extra", "peak")]
+    out_dir = out_dir or new_folder(Path("runs") / "benchmark_search")
+    open_shared_folder(out_dir, arguments, {"out_dir", "processes"})
+    common = (trial_steps, final_steps, final_seeds)
+    if level == "table":
+        names = [str(folder) for folder in folders] + [MADE]
+        budgets = [*(f"extra{kib}" for kib in EXTRA_BUDGETS_KIB), PEAK_BUDGET]
+        cells = itertools.product(names, budgets, range(seeds or 10))
+        jobs = [Job(level, name, budget, seed, "all", evaluations or 5000, *common) for name, budget, seed in cells]
+    else:
+        budget = f"extra{accuracy_budget_kib}"
+        cells = itertools.product(range(seeds or 3), map(str, folders), ARMS)
+        jobs = [Job(level, name, budget, seed, arm, evaluations or 200, *common) for seed, name, arm in cells]
+    results = do_jobs(jobs, str(folders[0]), out_dir, processes)
+    write_json(out_dir / f"{level}_search.json", results)
+    if level == "table":
+        print_table_level(results)
+        draw_table_level(results, out_dir / "table_search.png")
+    else:
+        print_accuracy_level(results)
+        draw_accuracy_level(results, out_dir / "accuracy_search.png")
+    print(f"results: {out_dir / f'{level}_search.json'} and .png")
+    return results
+
+
+def refuse_wrong_folders(folders: Sequence[Path]) -> None:
+    """Raises ``UserError`` unless there are measurements, each with its table, its arguments and a name of its own."""
+    if not folders:
+        raise UserError("there are no measurements: give folders of measure_contributions.py")
+    names = [folder.name for folder in folders] + [MADE]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two measurements are named {doubled[0]}: rename the folder of one")
+    for folder in folders:
+        for name in ("contributions.csv", "config.yaml"):
+            if not (folder / name).exists():
+                raise UserError(f"{folder} is no folder of measure_contributions.py: it lacks {name}")
+        settings_of_measurement(folder)
+
+
+def measure_speed(folder: Path, memory: Memory, genomes: int) -> dict[str, Any]:
+    """Processor seconds of repairing and scoring random genomes on one core."""
+    described = described_by(settings_of_measurement(folder))
+    table = ContributionTable.load(folder / "contributions.csv")
+    budget = Budget("extra", 64 * KIB) if memory == "extra" else budget_of("peak", None, PEAK_BUDGET, None, None, None)
+    problem = make_problem(described, table, budget)
+    draws = random.Random(0)
+    drawn = [problem.random_genome(draws) for _ in range(genomes)]
+    started = time.process_time()
+    for genome in track(drawn, f"{memory} memory", transient=True):
+        problem.score(problem.repair(genome))
+    seconds = time.process_time() - started
+    print(f"{genomes:,} genomes repaired and scored within {budget}: {seconds:.1f} s on one core")
+    return {"memory": memory, "genomes": genomes, "processor_seconds": seconds}
+
+
+def do_jobs(jobs: Sequence[Job], first: str, out_dir: Path, processes: int) -> list[dict[str, Any]]:
+    """The results of all jobs, those of finished ones from the folder."""
+    with progress_bar() as progress, Workers(processes) as workers:
+        task = progress.add_task("searches", total=len(jobs))
+        for start in range(0, len(jobs), processes):
+            chunk = [job for job in jobs[start : start + processes] if not (out_dir / job.file_name).exists()]
+            workers.map(do_job, chunk, [first] * len(chunk), [out_dir] * len(chunk))
+            progress.advance(task, processes)
+    if lost := [job.file_name for job in jobs if not (out_dir / job.file_name).exists()]:
+        raise UserError(f"{len(lost)} searches were lost with their workers, such as {lost[0]}: start it again")
+    return [json.loads((out_dir / job.file_name).read_text(encoding="utf-8")) for job in jobs]
+
+
+def do_job(job: Job, first: str, out_dir: Path) -> None:
+    """Does one job and keeps its result."""
+    torch.set_num_threads(1)
+    random.seed(job.seed)
+    measurement = Path(first if job.measurement == MADE else job.measurement)
+    settings = replace(settings_of_measurement(measurement), steps=job.trial_steps)
+    described = described_by(settings)
+    table = (
+        made_table(described) if job.measurement == MADE else ContributionTable.load(measurement / "contributions.csv")
+    )
+    is_extra = job.budget.startswith("extra")
+    budget = (
+        budget_of("extra", float(job.budget.removeprefix("extra")), None, None, None, None)
+        if is_extra
+        else budget_of("peak", None, job.budget, None, None, None)
+    )
+    problem = make_problem(described, table, budget)
+    result = search_table(job, problem) if job.level == "table" else search_accuracy(job, problem, settings)
+    write_json(out_dir / job.file_name, {"measurement": Path(job.measurement).name, "budget": job.budget,
+               "seed": job.seed, "arm": job.arm, **result})  # fmt: skip
+
+
+def settings_of_measurement(folder: Path) -> TrialSettings:
+    """The settings of the trials that a folder of ``measure_contributions.py`` was made with."""
+    arguments = read_config(folder / "config.yaml")
+    known = TrialSettings.__dataclass_fields__
+    return TrialSettings(**{name: value for name, value in arguments.items() if name in known})
+
+
+def made_table(described: DescribedNetwork, base_depth: int = 36) -> ContributionTable:
+    """A table in which greed goes wrong: gains in proportion to bytes, and the best layers only at costly depths.
+
+    They are a fixed part and one in proportion to bytes, with some noise (a strongly correlated knapsack, Pisinger
+    2005, "Where are the hard knapsack problems?"), so that how updates add up to the budget counts. The deepest layers
+    gain most, but to reach them the masks and biases of all others must be paid for.
+    """
+    draws, operations = random.Random(0), described.operations
+    convolutions = operations.convolutions
+    names = [layer.name for layer in convolutions[len(convolutions) - base_depth :] if is_expanding(layer)]
+    rows = [
+        Contribution("bias", depth, "", 0.0, 0.01 * (depth / base_depth) ** 3, 0.0, 1)
+        for depth in range(1, base_depth + 1)
+    ]
+    reference = _extra_bytes(operations, UpdateScheme("", base_depth))
+    for index, name in enumerate(names):
+        for ratio in (0.125, 0.25, 0.5, 1.0):
+            added = _extra_bytes(operations, UpdateScheme("", base_depth, {name: ratio})) - reference
+            depth_factor = 1.3 - 0.6 * index / len(names)
+            gain = depth_factor * (0.001 + added / (100 * KIB) * draws.uniform(0.09, 0.11))
+            rows.append(Contribution("weight", base_depth, name, ratio, gain, 0.0, 1))
+    return ContributionTable(tuple(rows))
+
+
+def _extra_bytes(operations: NetworkOperations, scheme: UpdateScheme) -> float:
+    return extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme)
+
+
+def search_table(job: Job, problem: SearchProblem) -> dict[str, Any]:
+    """The scores of evolution and of both random searches, as parts of the optimum's."""
+    optimum = proven_optimum(problem)
+    state, started = SearchState(), time.process_time()
+    hall = evolve(problem, make_toolbox(problem), job.evaluations, POPULATION["table"], [], state, lambda state: None)
+    seconds = time.process_time() - started
+    found = {"evolution": problem.score(tuple(hall[0]))}
+    schemes = [tuple(hall[0])]
+    for name, blind in (("random", False), ("blind", True)):
+        drawn = random_search(problem, 4 * job.evaluations, job.seed, blind, stop_at=optimum.score)
+        schemes.append(drawn.genome)
+        found |= {name: drawn.best_scores[: job.evaluations][-1], f"{name}_x4": drawn.score}
+    return {
+        "optimum_score": optimum.score,
+        # of a table in which nothing that fits gains anything, all have the optimum
+        "of_optimum": {name: score / optimum.score if optimum.score else 1.0 for name, score in found.items()},
+        "evaluations": len(state.fitness),
+        "processor_seconds": seconds,
+        "within_budget": all(problem.fits(genome) for genome in schemes),
+    }
+
+
+def search_accuracy(job: Job, problem: SearchProblem, settings: TrialSettings) -> dict[str, Any]:
+    """The best validation accuracy after each trial of one arm, and the test accuracy of what it returns.
+
+    The trials of all arms of a seed have the same classifier and the same batches.
+    """
+    optimum = proven_optimum(problem)
+    fitness: dict[Genome, float] = {}
+
+    def evaluate(genome: Genome) -> float:
+        if genome not in fitness:
+            fitness[genome] = accuracy(settings, problem.scheme(genome).to_dict(), (job.seed,))
+        return fitness[genome]
+
+    if job.arm == "optimum":
+        evaluate(optimum.genome)
+    elif job.arm == "random":
+        draws = random.Random(job.seed)
+        for _ in range(100 * job.evaluations):  # repair makes the same of many
+            if len(fitness) < job.evaluations:
+                evaluate(problem.repair(problem.random_genome(draws)))
+    else:
+        toolbox = make_toolbox(problem)
+        toolbox.register("evaluate", evaluate)
+        population = POPULATION["accuracy"]
+        guesses = good_guesses(problem, optimum, population)
+        evolve(problem, toolbox, job.evaluations, population, guesses, SearchState(), lambda state: None)
+    best = sorted(fitness, key=lambda genome: -fitness[genome])[:4]
+    proxies = {genome: fitness[genome] for genome in best}
+    returned, of_finalists = train_finalists(problem, proxies, settings, job.final_steps, 2, Workers())
+    longer = replace(settings, steps=job.final_steps)
+    scheme = problem.scheme(returned).to_dict()
+    test = [accuracy(longer, scheme, (2000 + seed,), "test") for seed in range(job.final_seeds)]
+    best_so_far, curve = -math.inf, []
+    for value in fitness.values():
+        best_so_far = max(best_so_far, value)
+        curve.append(best_so_far)
+    return {
+        "best_val_top1": curve,
+        **of_finalists,
+        "scheme": scheme,
+        "memory_bytes": problem.memory_bytes(returned),
+        "within_budget": problem.fits(returned),
+        "val_top1": of_finalists["finalists"][0]["val_top1_mean"],
+        "test_top1": test,
+    }
+
+
+def print_table_level(results: Sequence[dict[str, Any]]) -> None:
+    """Prints per table the parts of the optimum that each search reached: median and worst of budgets and seeds."""
+    table = Table("table", "search", "evaluations", "median, %", "worst, %", title="Parts of the proven optimum")
+    for name in dict.fromkeys(result["measurement"] for result in results):
+        of_table = [result["of_optimum"] for result in results if result["measurement"] == name]
+        for search in of_table[0]:
+            parts = [part[search] * 100 for part in of_table]
+            count = "x 4" if search.endswith("_x4") else "x 1"
+            table.add_row(
+                name, search.removesuffix("_x4"), count, f"{statistics.median(parts):.2f}", f"{min(parts):.2f}"
+            )
+    console = Console(width=110)
+    console.print(table)
+    seconds = statistics.median(result["processor_seconds"] for result in results)
+    over = sum(not result["within_budget"] for result in results)
+    print(f"an evolution takes {seconds:.1f} s of processor time in the median; {over} schemes were over their budget")
+
+
+def draw_table_level(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the parts of the optimum of every search, table by table, as a PNG."""
+    matplotlib.use("Agg")
+    names = list(dict.fromkeys(result["measurement"] for result in results))
+    figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4.5), layout="constrained", sharey=True)
+    for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
+        of_table = [result["of_optimum"] for result in results if result["measurement"] == name]
+        searches = list(of_table[0])
+        axes.boxplot([[part[search] * 100 for part in of_table] for search in searches], whis=(0, 100))
+        labels = [search.replace("_x4", "\n4 x") for search in searches]
+        axes.set_xticks(range(1, len(searches) + 1), labels, fontsize=8)
+        axes.set_title(name, fontsize=9)
+    figure.supylabel("part of the proven optimum, % (whiskers: worst and best)", fontsize=9)
+    _save(figure, path)
+
+
+def print_accuracy_level(results: Sequence[dict[str, Any]]) -> None:
+    """Prints per data set and arm the accuracies, mean and deviation over the seeds."""
+    table = Table("data", "search", "trials", "best trial, val %", "returned, val %", "returned, test %", "KiB")
+    for name, arm in dict.fromkeys((result["measurement"], result["arm"]) for result in results):
+        rows = [result for result in results if (result["measurement"], result["arm"]) == (name, arm)]
+        of_rows = {
+            "best": [row["best_val_top1"][-1] for row in rows],
+            "val": [row["val_top1"] for row in rows],
+            "test": [statistics.mean(row["test_top1"]) for row in rows],
+        }
+        shown = {key: _mean_and_deviation(values) for key, values in of_rows.items()}
+        memory = statistics.mean(row["memory_bytes"] for row in rows) / KIB
+        trials = statistics.mean(len(row["best_val_top1"]) for row in rows)
+        table.add_row(name, arm, f"{trials:.0f}", shown["best"], shown["val"], shown["test"], f"{memory:.1f}")
+    Console(width=120).print(table)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values) * 100:.1f} ± {deviation * 100:.1f}"
+
+
+def draw_accuracy_level(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the best validation accuracy over trials, one line per seed, as a PNG."""
+    matplotlib.use("Agg")
+    names = list(dict.fromkeys(result["measurement"] for result in results))
+    figure, panels = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.5), layout="constrained")
+    colors = {"evolution": "tab:red", "random": "tab:blue", "optimum": "black"}
+    for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
+        rows = [result for result in results if result["measurement"] == name]
+        for row in rows:
+            curve = [value * 100 for value in row["best_val_top1"]]
+            label = row["arm"] if row["seed"] == 0 else None
+            if row["arm"] == "optimum":
+                axes.axhline(curve[-1], color="black", linestyle="--", linewidth=0.8, label=label and "table's optimum")
+            else:
+                axes.step(range(1, len(curve) + 1), curve, where="post", color=colors[row["arm"]], label=label)
+        axes.set(xlabel="trials", ylabel="best validation accuracy of a trial, %", title=name)
+        axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)

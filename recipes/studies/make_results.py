@@ -1,0 +1,213 @@
+"""Makes the tables and pictures of the results from CSV, and says which rows are missing.
+
+    uv run recipes/studies/make_results.py --results recipes/results/results.csv --out_dir recipes/results \\
+        --readme README.md
+
+Takes seconds and trains nothing. A row is one training: ``Result`` in ``result_rows.py`` says what its columns are,
+``SelectionResult`` those of ``--selection``. ``OUT_DIR/results.md`` has the tables, and shows the pictures beside it;
+``--readme`` also puts the tables between two lines of another file.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from microtune.modules.atomic_files import whole_file
+from microtune.modules.user_error import UserError
+from microtune.recipes.studies.result_pictures import (
+    NamedScheme,
+    draw_accuracy_over_memory,
+    draw_selection,
+    draw_updated_channels,
+)
+from microtune.recipes.studies.result_rows import (
+    BUDGETS,
+    METHODS,
+    Result,
+    SelectionResult,
+    data_sets_of,
+    load_rows,
+    title_of,
+)
+from microtune.recipes.studies.result_tables import (
+    how_to_read,
+    missing_rows,
+    missing_selection_rows,
+    results_section,
+    search_time_section,
+    selection_section,
+)
+from microtune.recipes.training.command_line import listed, run
+
+BEGIN, END = "<!-- results: made by recipes/studies/make_results.py -->", "<!-- end of results -->"
+
+
+def main(
+    results: Path,
+    out_dir: Path,
+    selection: Path | None = None,
+    schemes: str | None = None,
+    readme: Path | None = None,
+) -> None:
+    """Makes the tables and pictures of the results from CSV, and says which rows are missing.
+
+    Args:
+        results: CSV with a row for each training.
+        out_dir: Where results.md and the pictures are written.
+        selection: CSV with a row for each training that compares criteria for channels.
+        schemes: Schemes to draw, such as cifar10-extra64-one_pass=scheme.json, separated by commas; by default those
+            in OUT_DIR/schemes, as cifar10-extra64-one_pass.json.
+        readme: File whose tables are replaced: those between the two lines that mark them.
+
+    Raises:
+        UserError: A file is missing or not what it should be.
+    """
+    # everything is read before anything is written
+    rows = load_rows(results, Result)
+    if not rows:
+        raise UserError(f"{results} has no rows: give the results of at least one training")
+    of_selection = [] if selection is None else load_rows(selection, SelectionResult)
+    drawn = load_schemes(scheme_files(schemes, out_dir / "schemes"))
+    text = None if readme is None else read_marked(readme)
+    pictures = draw_all(rows, of_selection, drawn, out_dir)
+    with whole_file(out_dir / "results.md") as partial:
+        partial.write_text(f"## Results\n\n{results_in_markdown(rows, of_selection, pictures)}", encoding="utf-8")
+    print(f"tables: {out_dir / 'results.md'}; pictures: {', '.join(pictures)}")
+    if text is not None:
+        page = os.path.relpath(out_dir / "results.md", readme.parent)
+        tables = f"{results_in_markdown(rows, of_selection)}\nPictures of these: [{page}]({page}).\n"
+        with whole_file(readme) as partial:
+            partial.write_bytes(with_tables(text, tables).encode())
+        print(f"tables: {readme}")
+    missing = missing_rows(rows) + missing_selection_rows(of_selection)
+    for line in missing:
+        print(f"missing: {line}")
+    if not missing:
+        print("no row is missing")
+
+
+def results_in_markdown(
+    rows: Sequence[Result], of_selection: Sequence[SelectionResult], pictures: Sequence[str] = ()
+) -> str:
+    """All tables, and with those of a data set its pictures.
+
+    Args:
+        rows: At least one, in any order.
+        of_selection: May be none.
+        pictures: Names of those that lie beside the text.
+    """
+
+    texts = [how_to_read(rows)]
+    for data in data_sets_of(rows):
+        texts.append(results_section([row for row in rows if row.data == data]))
+        for kind in ("accuracy_over_memory", "updated_channels"):
+            if f"{kind}_{data}.png" in pictures:
+                texts.append(f"![{kind.replace('_', ' ')}: {title_of(data)}]({kind}_{data}.png)\n")
+    of_data_set = {data: f"channel_selection_{data}.png" for data in data_sets_of(of_selection)}
+    texts.append(search_time_section(rows))
+    texts.append(
+        selection_section(of_selection, {data: name for data, name in of_data_set.items() if name in pictures})
+    )
+    return "\n".join(text for text in texts if text)
+
+
+def draw_all(
+    rows: Sequence[Result], of_selection: Sequence[SelectionResult], schemes: Sequence[NamedScheme], out_dir: Path
+) -> list[str]:
+    """Draws the pictures of every data set; returns their names."""
+    pictures = []
+    for data in data_sets_of([*rows, *schemes, *of_selection]):
+        for kind, draw, some in (
+            ("accuracy_over_memory", draw_accuracy_over_memory, rows),
+            ("updated_channels", draw_updated_channels, schemes),
+            ("channel_selection", draw_selection, of_selection),
+        ):
+            if of_data := [one for one in some if one.data == data]:
+                pictures.append(f"{kind}_{data}.png")
+                draw(of_data, out_dir / pictures[-1])
+    return pictures
+
+
+def scheme_files(schemes: str | None, folder: Path) -> dict[str, Path]:
+    """The file of each scheme by its name, from the command line or else those of the folder.
+
+    Raises:
+        UserError: The command line's are not names and files.
+
+    Example::
+
+        scheme_files("cifar10-extra64-layers=scheme.json", Path("schemes"))  # {"cifar10-extra64-layers": Path(...)}
+    """
+    if schemes is None:
+        return {file.stem: file for file in sorted(folder.glob("*.json"))}
+    files: dict[str, Path] = {}
+    for part in listed(schemes):
+        name, equals, file = part.partition("=")
+        if not (name and equals and file):
+            raise UserError(f"schemes has {part!r}: give each as name=file, such as cifar10-extra64-layers=scheme.json")
+        if name in files:
+            raise UserError(f"schemes has {name} twice: keep one")
+        files[name] = Path(file)
+    return files
+
+
+def load_schemes(files: dict[str, Path]) -> list[NamedScheme]:
+    """Reads the schemes, whose names say what they are for.
+
+    Raises:
+        UserError: A name does not say it, or a file is no scheme.
+    """
+    if not files:
+        return []
+    from microtune.modules.sparse_update.update_scheme import UpdateScheme  # imports PyTorch, which takes seconds
+
+    schemes = []
+    for name, file in files.items():
+        parts = name.split("-")
+        if len(parts) != 3 or parts[1] not in BUDGETS or parts[2] not in METHODS:
+            raise UserError(
+                f"scheme {name!r} of {file} does not say what it is for: name it data-budget-method, of "
+                f"{', '.join(BUDGETS)}; {', '.join(METHODS)}"
+            )
+        schemes.append(NamedScheme(*parts, UpdateScheme.load(file)))
+    return schemes
+
+
+def read_marked(file: Path) -> str:
+    """The text of a file with the two lines that mark its tables.
+
+    Raises:
+        UserError: It cannot be read, or does not have each of them once, in this order.
+    """
+    try:
+        text = file.read_bytes().decode()  # not read_text, which would change the ends of lines
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: this is a binary file: give Markdown") from error
+    lines = text.splitlines()
+    for mark in (BEGIN, END):
+        if lines.count(mark) != 1:
+            raise UserError(
+                f"{file} has the line {mark} {lines.count(mark)} times: the tables go between "
+                f"{BEGIN} and {END}, give each once"
+            )
+    if lines.index(BEGIN) > lines.index(END):
+        raise UserError(f"{file} has the line {END} before {BEGIN}: give them the other way round")
+    return text
+
+
+def with_tables(text: str, tables: str) -> str:
+    """The text with other tables between the two lines that mark them, as ``read_marked`` gives it.
+
+    Example::
+
+        with_tables(read_marked(Path("README.md")), "| method |\\n| --- |\\n")
+    """
+    lines = text.splitlines(keepends=True)
+    begin, end = ([line.rstrip("\r\n") for line in lines].index(mark) for mark in (BEGIN, END))
+    return "".join([*lines[: begin + 1], f"\n{tables}\n", *lines[end:]])
+
+
+if __name__ == "__main__":
+    run(main)

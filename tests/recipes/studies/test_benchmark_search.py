@@ -1,0 +1,468 @@
+"""The benchmark of the search: never above the optimum, never over the budget, and no work done twice."""
+
+import json
+import random
+import re
+import shutil
+import statistics
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.memory.training_memory import extra_memory_bytes
+from microtune.modules.search.contributions import Contribution, ContributionTable
+from microtune.modules.search.scheme_optimum import proven_optimum
+from microtune.modules.search.search_problem import SearchProblem
+from microtune.modules.sparse_update.simple_schemes import is_expanding
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.studies import benchmark_search
+from microtune.recipes.studies.benchmark_search import draw_accuracy_level, made_table
+from microtune.recipes.training.command_line import run
+from microtune.recipes.training.networks import describe_network
+
+RECIPE = "benchmark_search"
+ALL_BUDGETS_KIB = benchmark_search.EXTRA_BUDGETS_KIB
+BUDGETS = ["extra16", "extra64", "nrf52840"]  # two of extra memory are enough
+SEARCHES = ["evolution", "random", "random_x4", "blind", "blind_x4"]
+BUDGET_BYTES = 48 * 1024  # by accuracy
+ARMS = ["evolution", "random", "optimum"]
+TABLE = ("--level", "table", "--seeds", 2, "--evaluations", 200)
+ACCURACY = (
+    *("--level", "accuracy", "--evaluations", 6, "--seeds", 1),
+    *("--trial_steps", 2, "--final_steps", 2, "--final_seeds", 1),
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_budgets():
+    """Proving an optimum takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark_search, "EXTRA_BUDGETS_KIB", (16, 64))
+        yield
+
+
+@pytest.fixture(scope="module")
+def described():
+    """The network of the measurement."""
+    return describe_network("none", (1, 32, 32), 10)
+
+
+@pytest.fixture(scope="module")
+def measurement(described, tmp_path_factory):
+    """A folder as ``measure_contributions.py`` writes it, of random gains on digits."""
+    draws = random.Random(0)
+    rows = [Contribution("bias", depth, "", 0.0, draws.uniform(0, 0.02), 0.0, 1) for depth in (3, 6, 9)]
+    rows += [
+        Contribution("weight", 9, layer.name, ratio, draws.uniform(0, 0.02), 0.0, 1)
+        for layer in described.operations.convolutions[-9:]
+        if is_expanding(layer)
+        for ratio in (0.25, 1.0)
+    ]
+    folder = tmp_path_factory.mktemp("measured") / "digits"
+    folder.mkdir()
+    ContributionTable(tuple(rows)).save(folder / "contributions.csv")
+    arguments = {"data": "digits", "resolution": 32, "base_depth": 9, "steps": 5, "seeds": 1, "layers": "expanding"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(arguments))
+    return folder
+
+
+def call(*words):
+    """Runs the recipe in this process, also for a fixture of the whole module; returns what is in its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words)])
+        results = run(benchmark_search.main)
+    return SimpleNamespace(folder=words[words.index("--out_dir") + 1], results=results, words=words)
+
+
+@pytest.fixture
+def jobs_done(monkeypatch):
+    """The file names of the jobs that are done from now on."""
+    done = []
+
+    def do_job(job, *arguments):
+        done.append(job.file_name)
+        original(job, *arguments)
+
+    original = benchmark_search.do_job
+    monkeypatch.setattr(benchmark_search, "do_job", do_job)
+    return done
+
+
+def kept(folder):
+    """What the jobs left."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*_seed*.json")}
+
+
+def without_seconds(results):
+    return [{name: value for name, value in row.items() if name != "processor_seconds"} for row in results]
+
+
+# ---- by table
+
+
+@pytest.fixture(scope="module")
+def by_table(measurement, tmp_path_factory):
+    """A finished benchmark; not to be changed."""
+    return call(*TABLE, "--measurements", measurement, "--out_dir", tmp_path_factory.mktemp("table") / "out")
+
+
+def test_table_results(by_table):
+    cells = [(row["measurement"], row["budget"], row["seed"]) for row in by_table.results]
+    assert cells == [(name, budget, seed) for name in ("digits", "made") for budget in BUDGETS for seed in (0, 1)]
+    assert json.loads((by_table.folder / "table_search.json").read_text()) == by_table.results
+    assert len(kept(by_table.folder)) == len(cells)
+
+
+def test_nothing_beats_the_optimum_or_its_budget(by_table):
+    for row in by_table.results:
+        assert sorted(row["of_optimum"]) == sorted(SEARCHES)
+        assert all(0 < part <= 1 + 1e-9 for part in row["of_optimum"].values())
+        assert row["within_budget"] is True
+        assert row["optimum_score"] > 0
+        assert 0 < row["evaluations"] <= 200
+        assert row["processor_seconds"] > 0
+
+
+def test_more_trials_are_never_worse(by_table):
+    for row in by_table.results:
+        parts = row["of_optimum"]
+        assert parts["random_x4"] >= parts["random"]
+        assert parts["blind_x4"] >= parts["blind"]
+
+
+def test_optimum_is_of_table_and_budget(by_table):
+    """Seeds share it, and more memory never makes it worse."""
+    for name in ("digits", "made"):
+        rows = [row for row in by_table.results if row["measurement"] == name]
+        of_budget = {budget: {row["optimum_score"] for row in rows if row["budget"] == budget} for budget in BUDGETS}
+        assert all(len(scores) == 1 for scores in of_budget.values())
+        scores = [of_budget[budget].pop() for budget in BUDGETS[:2]]
+        assert scores == sorted(scores)
+
+
+def test_seeds_are_others(by_table):
+    pairs = list(zip(by_table.results[::2], by_table.results[1::2], strict=True))
+    assert any(first["of_optimum"] != second["of_optimum"] for first, second in pairs)
+
+
+def test_table_pictures_are_png(by_table):
+    assert Image.open(by_table.folder / "table_search.png").format == "PNG"
+
+
+def test_same_command_does_no_work_again(by_table, command, jobs_done):
+    before = kept(by_table.folder)
+    ended = command(RECIPE, *by_table.words, "--processes", 2)
+    assert ended.status == 0, ended.errors
+    assert jobs_done == []
+    assert kept(by_table.folder) == before
+    assert f"results: {by_table.folder / 'table_search.json'} and .png\n" in ended.output
+    assert "0 schemes were over their budget" in ended.output
+
+
+def test_printed_table(by_table, command):
+    """Medians and worst of all budgets and seeds, as in the results."""
+    ended = command(RECIPE, *by_table.words)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.output.splitlines() if "│" in line]
+    assert len(rows) == 2 * len(SEARCHES)
+    for name, search, count, median, worst in rows:
+        key = search + ("_x4" if count == "x 4" else "")
+        parts = [row["of_optimum"][key] * 100 for row in by_table.results if row["measurement"] == name]
+        assert (median, worst) == (f"{statistics.median(parts):.2f}", f"{min(parts):.2f}")
+
+
+def test_stopped_benchmark_goes_on(by_table, jobs_done, tmp_path):
+    """Only what is missing is done, and it comes out as before."""
+    shutil.copytree(by_table.folder, tmp_path / "out")
+    missing = ["table_digits_extra64_all_seed1.json", "table_made_extra16_all_seed0.json"]
+    for name in (*missing, "table_search.json", "table_search.png"):
+        (tmp_path / "out" / name).unlink()
+    resumed = call(*by_table.words[:-1], tmp_path / "out")
+    assert jobs_done == missing
+    assert without_seconds(resumed.results) == without_seconds(by_table.results)
+    assert without_seconds(json.loads((tmp_path / "out/table_search.json").read_text())) == without_seconds(
+        by_table.results
+    )
+    assert Image.open(tmp_path / "out/table_search.png").format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--seeds", 3), "seeds 2, not 3"),
+        (("--evaluations", 100), "evaluations 200, not 100"),
+        (("--level", "accuracy"), "level table, not accuracy"),
+        (("--final_steps", 5), "final_steps 160, not 5"),
+        (("--accuracy_budget_kib", 32), "accuracy_budget_kib 48, not 32"),
+    ],
+)
+def test_other_arguments_are_refused(changes, message, by_table, command, jobs_done):
+    before = {path: path.read_bytes() for path in by_table.folder.rglob("*") if path.is_file()}
+    ended = command(RECIPE, *by_table.words, *changes)
+    config = by_table.folder / "config.yaml"
+    assert (ended.status, ended.output) == (2, "")
+    assert ended.errors == (
+        f"{RECIPE}.py: error: the work in {by_table.folder} was begun with {message}: go on with --config {config}, "
+        "or give another --out_dir\n"
+    )
+    assert jobs_done == []
+    assert {path: path.read_bytes() for path in by_table.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_table_that_gains_nothing(measurement, monkeypatch, tmp_path):
+    """The optimum is the classifier alone, of score 0: no part of it can be had."""
+    table = ContributionTable.load(measurement / "contributions.csv")
+    nothing = tuple(Contribution(**{**vars(row), "gain": -0.01}) for row in table.rows)
+    folder = tmp_path / "measured"
+    shutil.copytree(measurement, folder)
+    ContributionTable(nothing).save(folder / "contributions.csv")
+    monkeypatch.setattr(benchmark_search, "EXTRA_BUDGETS_KIB", (16,))
+    words = ("--level", "table", "--seeds", 1, "--evaluations", 10, "--measurements", folder)
+    found = call(*words, "--out_dir", tmp_path / "out")
+    assert all(part <= 1 + 1e-9 for row in found.results for part in row["of_optimum"].values())
+
+
+# ---- the made table
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """The network of the CIFAR-10 measurement."""
+    return describe_network("none", (3, 96, 96), 10)
+
+
+def test_made_table_is_of_its_network(photographs):
+    table = made_table(photographs)
+    convolutions = photographs.operations.convolutions
+    expanding = [layer.name for layer in convolutions[-36:] if is_expanding(layer)]
+    table.check(convolutions, expanding)
+    assert table.base_depth == 36
+    assert list(table.weight_gains) == expanding
+    assert all(tuple(gains) == (0.125, 0.25, 0.5, 1.0) for gains in table.weight_gains.values())
+    assert sorted(table.bias_gains) == list(range(37))
+    assert made_table(photographs) == table  # the same every time
+
+
+def test_made_table_is_strongly_correlated(photographs):
+    """Bytes and gains go together, so that what is better per byte does not tell much."""
+    operations, table = photographs.operations, made_table(photographs)
+
+    def size_bytes(weights):
+        scheme = UpdateScheme("", 36, weights)
+        return extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme)
+
+    pairs = [
+        (size_bytes({layer: ratio}) - size_bytes({}), gain)
+        for layer, gains in table.weight_gains.items()
+        for ratio, gain in gains.items()
+    ]
+    assert np.corrcoef(*zip(*pairs, strict=True))[0, 1] > 0.9
+
+
+def test_greed_goes_wrong_on_the_made_table(photographs):
+    table, peak_memory = made_table(photographs), PeakMemory(photographs.operations)
+    worst = 1.0
+    for kib in ALL_BUDGETS_KIB:
+        problem = SearchProblem(photographs.name, peak_memory, table, kib * 1024, "extra")
+        greedy = problem.repair((0,) * (1 + len(problem.layers)))
+        part = problem.score(greedy) / proven_optimum(problem).score
+        assert part <= 1 + 1e-9
+        worst = min(worst, part)
+        if worst < 0.999:  # one is enough
+            break
+    assert worst < 0.999
+
+
+# ---- by accuracy
+
+
+@pytest.fixture(scope="module")
+def by_accuracy(measurement, tmp_path_factory):
+    """A finished benchmark; not to be changed."""
+    out_dir = tmp_path_factory.mktemp("accuracy") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+
+        def accuracy(settings, scheme, seeds, split="val"):
+            calls.append((settings.steps, seeds, split))
+            return original(settings, scheme, seeds, split)
+
+        original = benchmark_search.accuracy
+        patch.setattr(benchmark_search, "accuracy", accuracy)
+        found = call(*ACCURACY, "--measurements", measurement, "--out_dir", out_dir)
+    found.calls = calls
+    found.of_arm = {row["arm"]: row for row in found.results}
+    return found
+
+
+def test_three_arms(by_accuracy):
+    assert [row["arm"] for row in by_accuracy.results] == ARMS
+    assert {(row["measurement"], row["budget"], row["seed"]) for row in by_accuracy.results} == {
+        ("digits", "extra48", 0)
+    }
+    assert json.loads((by_accuracy.folder / "accuracy_search.json").read_text()) == by_accuracy.results
+    assert len(kept(by_accuracy.folder)) == 3
+
+
+def test_curves(by_accuracy):
+    """As many trials with search as without, and the best so far never falls."""
+    curves = {arm: row["best_val_top1"] for arm, row in by_accuracy.of_arm.items()}
+    assert {arm: len(curve) for arm, curve in curves.items()} == {"evolution": 6, "random": 6, "optimum": 1}
+    for curve in curves.values():
+        assert curve == sorted(curve)
+        assert all(0 <= value <= 1 for value in curve)
+
+
+def test_arms_share_their_trial_seed(by_accuracy):
+    """All trials have the seed of the job, so evolution, which begins with the optimum, finds for it what it gets."""
+    trials = [seeds for _, seeds, split in by_accuracy.calls if split == "val"]
+    assert trials == [(0,)] * (6 + 6 + 1)
+    assert by_accuracy.of_arm["evolution"]["best_val_top1"][0] == by_accuracy.of_arm["optimum"]["best_val_top1"][0]
+
+
+def test_judged_by_test_accuracy_with_other_seeds(by_accuracy):
+    assert [seeds for _, seeds, split in by_accuracy.calls if split == "test"] == [(2000,)] * 3
+    for row in by_accuracy.results:
+        assert len(row["test_top1"]) == 1
+        assert 0 <= row["test_top1"][0] <= 1
+        assert 1 <= len(row["finalists"]) <= 4
+        assert row["val_top1"] == max(finalist["val_top1_mean"] for finalist in row["finalists"])
+
+
+def test_returned_schemes_fit(by_accuracy, described):
+    operations = described.operations
+    for row in by_accuracy.results:
+        scheme = UpdateScheme.from_dict(row["scheme"])
+        scheme.check(operations.convolutions, described.name)
+        size_bytes = extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme)
+        assert row["memory_bytes"] == size_bytes <= BUDGET_BYTES
+        assert row["within_budget"] is True
+
+
+def test_optimum_arm_returns_the_optimum(by_accuracy, described, measurement):
+    table = ContributionTable.load(measurement / "contributions.csv")
+    problem = SearchProblem(described.name, PeakMemory(described.operations), table, BUDGET_BYTES, "extra")
+    optimum = problem.scheme(proven_optimum(problem).genome)
+    assert UpdateScheme.from_dict(by_accuracy.of_arm["optimum"]["scheme"]) == optimum
+
+
+def test_accuracy_picture_is_png(by_accuracy):
+    assert Image.open(by_accuracy.folder / "accuracy_search.png").format == "PNG"
+
+
+def test_same_accuracy_command_does_no_work_again(by_accuracy, command, jobs_done):
+    before = kept(by_accuracy.folder)
+    ended = command(RECIPE, *by_accuracy.words)
+    assert ended.status == 0, ended.errors
+    assert jobs_done == []
+    assert kept(by_accuracy.folder) == before
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.output.splitlines() if "│" in line]
+    assert [row[:3] for row in rows] == [
+        ["digits", "evolution", "6"],
+        ["digits", "random", "6"],
+        ["digits", "optimum", "1"],
+    ]
+
+
+def test_arms_of_different_lengths_are_drawn(tmp_path):
+    """Repair makes the same of many random genomes, so that a small table has fewer schemes than evaluations."""
+    curves = {"evolution": [0.1, 0.2, 0.2, 0.3], "random": [0.1, 0.2], "optimum": [0.2]}
+    rows = [{"measurement": "digits", "seed": 0, "arm": arm, "best_val_top1": curves[arm]} for arm in ARMS]
+    draw_accuracy_level(rows, tmp_path / "accuracy.png")
+    assert Image.open(tmp_path / "accuracy.png").format == "PNG"
+
+
+def test_fewer_schemes_than_evaluations(measurement, monkeypatch, tmp_path):
+    """The arms end when they have seen what they can reach."""
+    monkeypatch.setattr(benchmark_search, "accuracy", lambda settings, scheme, seeds, split="val": 0.5)
+    monkeypatch.setattr("microtune.recipes.search.trials.accuracy", lambda settings, scheme, seeds, split="val": 0.5)
+    words = (*ACCURACY, "--evaluations", 100, "--measurements", measurement, "--out_dir", tmp_path / "out")
+    found = call(*words)
+    lengths = {row["arm"]: len(row["best_val_top1"]) for row in found.results}
+    assert lengths["optimum"] == 1
+    assert 1 <= lengths["random"] < 100
+    assert 1 <= lengths["evolution"] < 100
+
+
+# ---- speed
+
+
+def test_speed_prints(command, measurement, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ended = command(RECIPE, "--level", "speed", "--evaluations", 50, "--measurements", measurement)
+    assert ended.status == 0, ended.errors
+    extra, peak = [line for line in ended.output.splitlines() if line.strip()]
+    pattern = r"50 genomes repaired and scored within {} KiB of {}: \d+\.\d s on one core"
+    assert re.fullmatch(pattern.format(r"64\.0", "extra memory"), extra)
+    assert re.fullmatch(pattern.format(r"192\.0", "peak memory of nrf52840"), peak)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- two measurements
+
+
+def test_measurements_of_the_same_name(command, measurement, tmp_path):
+    """Results of one must not pass for those of the other."""
+    other = tmp_path / measurement.name
+    shutil.copytree(measurement, other)
+    ended = command(RECIPE, "--measurements", f"{measurement},{other}", "--out_dir", tmp_path / "out")
+    assert ended.status == 2
+    assert f"two measurements are named {measurement.name}: rename the folder of one" in ended.errors
+    assert not (tmp_path / "out").exists()
+
+
+# ---- wrong input
+
+
+MISTAKES = {
+    "no evaluations": (("--evaluations", 0), "evaluations is 0: give 1 or more"),
+    "no seeds": (("--seeds", 0), "seeds is 0: give 1 or more"),
+    "no steps": (("--trial_steps", 0), "trial_steps is 0: give 1 or more"),
+    "no final steps": (("--final_steps", 0), "final_steps is 0: give 1 or more"),
+    "no final seeds": (("--final_seeds", 0), "final_seeds is 0: give 1 or more"),
+    "no processes": (("--processes", 0), "processes is 0: give 1 or more"),
+    "no budget": (("--level", "accuracy", "--accuracy_budget_kib", 0), "budget_kib is 0"),
+    "unknown level": (("--level", "luck"), "level is luck: give one of 'table', 'accuracy', 'speed'"),
+    "evaluations in words": (("--evaluations", "many"), "evaluations is many: give a whole number"),
+    "no measurement": (("--measurements", "nowhere"), "nowhere is no folder of measure_contributions.py: it lacks "
+                       "contributions.csv"),
+    "one of two": (("--measurements", "half,nowhere"), "half is no folder of measure_contributions.py"),
+    "no measurement, speed": (("--level", "speed", "--measurements", "half"), "half is no folder of measure_contrib"),
+    "none at all": (("--measurements", ","), "measurements"),
+    "none at all, speed": (("--level", "speed", "--measurements", ","), "measurements"),
+    "damaged configuration": (("--measurements", "damaged"), "damaged"),
+    "damaged configuration, speed": (("--level", "speed", "--measurements", "damaged"), "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_input(mistake, command, measurement, monkeypatch, tmp_path):
+    """One clear line and exit status 2, and nothing is written."""
+    changes, message = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    for name in ("half", "damaged"):
+        (tmp_path / name).mkdir()
+        shutil.copy(measurement / "contributions.csv", tmp_path / name)
+    (tmp_path / "damaged/config.yaml").write_text("")
+    ended = command(RECIPE, "--measurements", measurement, *changes, "--out_dir", "out")
+    assert (ended.status, ended.output) == (2, ""), ended.errors
+    assert ended.errors.startswith(f"{RECIPE}.py: error: ")
+    assert ended.errors.count("\n") == 1
+    assert message in ended.errors, ended.errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "half"]
+
+
+def test_a_folder_of_something_else_is_refused(command, measurement, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    ended = command(RECIPE, "--measurements", measurement, "--out_dir", tmp_path)
+    assert ended.status == 2
+    assert ended.errors == (
+        f"{RECIPE}.py: error: {tmp_path} holds thesis.txt, but no config.yaml of this recipe: give another --out_dir\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,211 @@
+"""Tables and pictures from CSV: everything is made, and nothing else of the README changes."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
+from microtune.recipes.studies.make_results import (
+    BEGIN,
+    END,
+    load_schemes,
+    main,
+    read_marked,
+    results_in_markdown,
+    scheme_files,
+    with_tables,
+)
+from microtune.recipes.studies.result_rows import Result, SelectionResult, load_rows, save_rows
+
+ROOT = Path(__file__).parents[3]
+BASE = Result(
+    "cifar10", "fp32", "biases", "extra64", 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830, 32, 0.0, 71.5
+)
+CHOSEN = SelectionResult("cifar10", "weight_norm", 0, "extra64", 0, 0.8, None, 61747.0, 366, 32, 0.006, 71.5)
+SCHEME = UpdateScheme("mobilenet_v2-w0.35", 12, {"features.16.conv.0.0": 0.5})
+NAME = "cifar10-extra64-sub_tensor"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two CSV files with a row each, a scheme where it is looked for, and a README."""
+    save_rows(tmp_path / "results.csv", [BASE], Result)
+    save_rows(tmp_path / "selection.csv", [CHOSEN], SelectionResult)
+    SCHEME.save(tmp_path / f"out/schemes/{NAME}.json")
+    (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}\nold tables\n{END}\n\nThe end")
+    return tmp_path
+
+
+def test_everything_is_made(files, command):
+    words = ("--results", files / "results.csv", "--out_dir", files / "out", "--selection", files / "selection.csv")
+    ended = command("make_results", *words, "--readme", files / "README.md")
+    assert (ended.status, ended.errors) == (0, "")
+    pictures = ["accuracy_over_memory_cifar10.png", "channel_selection_cifar10.png", "updated_channels_cifar10.png"]
+    assert sorted(path.name for path in (files / "out").iterdir()) == sorted([*pictures, "results.md", "schemes"])
+    page, readme = (files / "out/results.md").read_text(), (files / "README.md").read_text()
+    tables = results_in_markdown([BASE], [CHOSEN])
+    assert all(f"]({picture})" in page for picture in pictures)
+    assert page.startswith("## Results\n\nTop-1 on the test split")
+    assert [line for line in page.splitlines() if line.startswith("|")] == [
+        line for line in tables.splitlines() if line.startswith("|")
+    ]
+    assert "| biases only | **80.0** | - | - | - |" in page
+    assert "| weight norm, static | **80.0** |  |" in page
+    assert readme == (
+        f"# Title\n\n{BEGIN}\n\n{tables}\nPictures of these: [out/results.md](out/results.md).\n\n{END}\n\nThe end"
+    )
+    assert "missing: fp32 biases at extra64 on cifar10, seeds 1, 2\n" in ended.output
+    assert ended.output.endswith("missing: mswc_arabic, all rows\n")
+
+
+def test_made_again_it_is_the_same(files):
+    arguments = {"results": files / "results.csv", "out_dir": files / "out", "readme": files / "README.md"}
+    main(**arguments)
+    first = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    main(**arguments)
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == first
+
+
+def test_no_row_is_missing(files, command, monkeypatch):
+    monkeypatch.setattr("microtune.recipes.studies.make_results.missing_rows", lambda rows: [])
+    ended = command("make_results", "--results", files / "results.csv", "--out_dir", files / "out")
+    assert ended.output.splitlines()[-1] == "no row is missing"
+
+
+def test_selection_tells_what_is_missing(files, command):
+    rows = [CHOSEN, replace(CHOSEN, seed=1), replace(CHOSEN, criterion="fisher")]
+    save_rows(files / "selection.csv", rows, SelectionResult)
+    ended = command(
+        *("make_results", "--results", files / "results.csv", "--out_dir", files / "out"),
+        *("--selection", files / "selection.csv"),
+    )
+    assert ended.output.splitlines()[-1] == "missing: fisher, static at extra64 on cifar10, seed 1"
+
+
+def test_schemes_of_the_command_line_take_the_place_of_the_folder(files, command):
+    SCHEME.save(files / "mine.json")
+    words = ("--results", files / "results.csv", "--out_dir", files / "out", "--schemes")
+    assert command("make_results", *words, f"flowers17-extra100-one_pass={files / 'mine.json'}").status == 0
+    assert [path.name for path in (files / "out").glob("updated*")] == ["updated_channels_flowers17.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--results", "nowhere.csv"], "nowhere.csv: cannot read the results: No such file or directory"),
+        (["--results", "empty.csv"], "empty.csv has no rows: give the results of at least one training"),
+        (["--selection", "results.csv"], "results.csv: line 1: column 2 is 'numbers' in place of criterion"),
+        (["--schemes", f"{NAME}=nowhere.json"], "nowhere.json: cannot read the update scheme"),
+        (["--readme", "results.csv"], f"results.csv has the line {BEGIN} 0 times"),
+    ],
+)
+def test_mistakes_leave_everything_as_it_was(words, error, files, command, monkeypatch):
+    monkeypatch.chdir(files)
+    save_rows("empty.csv", [], Result)
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    arguments = {"--results": "results.csv", "--out_dir": "out", "--readme": "README.md"} | {words[0]: words[1]}
+    ended = command("make_results", *(word for pair in arguments.items() for word in pair))
+    assert (ended.status, ended.output) == (2, "")
+    assert ended.errors.startswith(f"make_results.py: error: {error}")
+    assert ended.errors.count("\n") == 1
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+
+
+def test_pytorch_is_not_imported_without_schemes(tmp_path):
+    script = "import sys, microtune.recipes.studies.make_results; assert 'torch' not in sys.modules"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+# ---- the README
+
+
+def test_only_what_stands_between_the_lines_changes(tmp_path):
+    before, after = f"a\r\n\n{BEGIN}", f"{END}\r\nb \u2028 ü\n"
+    (tmp_path / "README.md").write_bytes(f"{before}\r\nold\n\n\n{after}".encode())
+    text = read_marked(tmp_path / "README.md")
+    assert with_tables(text, "new\n") == f"{before}\r\n\nnew\n\n{after}"
+    assert with_tables(with_tables(text, "newer\n"), "new\n") == with_tables(text, "new\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (f"{BEGIN}\n", f"has the line {END} 0 times: the tables go between {BEGIN} and {END}, give each once"),
+        (f"{END}\n", f"has the line {BEGIN} 0 times: "),
+        (f"{BEGIN}\n{BEGIN}\n{END}\n", f"has the line {BEGIN} 2 times: "),
+        (f"{BEGIN}\n{END}\n{END}\n", f"has the line {END} 2 times: "),
+        (f"> {BEGIN}\n{END}\n", f"has the line {BEGIN} 0 times: "),
+        (f"{END}\n{BEGIN}\n", f"has the line {END} before {BEGIN}: give them the other way round"),
+    ],
+)
+def test_lines_that_mark_the_tables(text, error, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_marked(tmp_path / "README.md")
+    assert str(caught.value).startswith(f"{tmp_path / 'README.md'} {error}")
+
+
+def test_readme_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"README.md: cannot be read: No such file or directory"):
+        read_marked(tmp_path / "README.md")
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(UserError, match=r"README.md: this is a binary file: give Markdown"):
+        read_marked(tmp_path / "README.md")
+
+
+# ---- schemes by name
+
+
+def test_scheme_files(tmp_path):
+    assert scheme_files("a=b.json, c=d=e.json", tmp_path) == {"a": Path("b.json"), "c": Path("d=e.json")}
+    assert scheme_files(None, tmp_path / "nowhere") == {}
+    (tmp_path / "a.json").touch()
+    (tmp_path / "notes.txt").touch()
+    assert scheme_files(None, tmp_path) == {"a": tmp_path / "a.json"}
+
+
+@pytest.mark.parametrize(
+    ("schemes", "error"),
+    [
+        (
+            "scheme.json",
+            "schemes has 'scheme.json': give each as name=file, such as cifar10-extra64-layers=scheme.json",
+        ),
+        ("=scheme.json", "schemes has '=scheme.json': give each as name=file"),
+        ("a=", "schemes has 'a=': give each as name=file"),
+        ("a=b,a=c", "schemes has a twice: keep one"),
+    ],
+)
+def test_schemes_that_are_no_names_and_files(schemes, error, tmp_path):
+    with pytest.raises(UserError) as caught:
+        scheme_files(schemes, tmp_path)
+    assert str(caught.value).startswith(error)
+
+
+def test_load_schemes(files):
+    (named,) = load_schemes({NAME: files / f"out/schemes/{NAME}.json"})
+    assert (named.data, named.budget, named.method, named.scheme) == ("cifar10", "extra64", "sub_tensor", SCHEME)
+    assert named.name == NAME
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-extra65-layers", "cifar10-extra64-best", f"{NAME}-2"])
+def test_name_says_what_a_scheme_is_for(name):
+    with pytest.raises(UserError) as caught:
+        load_schemes({name: Path("scheme.json")})
+    assert str(caught.value).startswith(
+        f"scheme {name!r} of scheme.json does not say what it is for: name it data-budget-method, of extra64, "
+    )
+
+
+def test_the_tables_of_the_readme_are_those_of_the_committed_results():
+    """Whoever changes a CSV, or how a table looks, renders them again."""
+    rows = load_rows(ROOT / "recipes/results/results.csv", Result)
+    of_selection = load_rows(ROOT / "recipes/results/channel_selection.csv", SelectionResult)
+    text = (ROOT / "README.md").read_text()
+    between = text.split(f"{BEGIN}\n")[1].split(f"{END}\n")[0]
+    assert results_in_markdown(rows, of_selection) in between
