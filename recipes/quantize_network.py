@@ -27,6 +27,7 @@ from microtune.modules.classifier import Classifier
 from microtune.modules.int8.activation_ranges import RangeEstimator
 from microtune.modules.int8.files import is_quantized_file, write_quantized_network
 from microtune.modules.int8.graph import INT8_SUFFIX, QuantizedGraph
+from microtune.modules.int8.layers import NEAR_ZERO
 from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
 from microtune.modules.int8.post_training_quantization import (
     calibrate,
@@ -35,7 +36,6 @@ from microtune.modules.int8.post_training_quantization import (
 )
 from microtune.modules.int8.published_networks import read_published_network
 from microtune.modules.networks.mobilenet_v2 import KERAS_SUFFIXES
-from microtune.modules.sparse_update.int8_update import NEAR_ZERO
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.command_line import check_at_least_one, run
 from microtune.recipes.training.data_sets import CLASSES, DataName, data_module

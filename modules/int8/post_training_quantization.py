@@ -30,11 +30,10 @@ from microtune.modules.int8.graph import (
     QuantizedConvolution,
     QuantizedGraph,
 )
-from microtune.modules.int8.layers import BIAS_LIMIT
+from microtune.modules.int8.layers import BIAS_LIMIT, NEAR_ZERO
 from microtune.modules.networks.batch_norm_folding import find_batch_norm
 from microtune.modules.networks.mobilenet_v2 import KerasPadding
 from microtune.modules.networks.operations import evaluation_mode
-from microtune.modules.sparse_update.int8_update import NEAR_ZERO
 from microtune.modules.user_error import UserError
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]

@@ -11,9 +11,8 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from microtune.modules.int8.layers import QuantizedConv2d, saturate, where_not
+from microtune.modules.int8.layers import QuantizedConv2d, near_zero_scales, saturate, where_not
 from microtune.modules.networks.operations import Convolution
-from microtune.modules.sparse_update.int8_update import near_zero_scales
 from microtune.modules.sparse_update.subtensor import SubTensorConv2d, by_input_channel
 from microtune.modules.user_error import UserError
 

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from microtune.modules.int8.graph import INT8_MAX, INT8_MIN
-from microtune.modules.int8.layers import BIAS_LIMIT, QuantizedConv2d
+from microtune.modules.int8.layers import BIAS_LIMIT, QuantizedConv2d, near_zero_scales
 from microtune.modules.int8.stochastic_rounding import IntegerGenerator, round_stochastically
 from microtune.modules.sparse_update.subtensor import SubTensorConv2d
 
 WeightStorage = Literal["latent", "in_place"]
-
-# Of a layer's median weight scale. What such a channel computes is its bias: its weights, were they all 127, would be
-# a hundredth of the others', and a step that is right for those would throw them from one end of int8 to the other.
-# In the published MobileNetV2-0.35 31 channels lie below, two a little above, and all others above a tenth.
-NEAR_ZERO = 0.01
 
 
 @dataclass(frozen=True)
@@ -72,11 +67,6 @@ def quantized_parameters(network: nn.Module) -> list[QuantizedParameter]:
             bias_scale = scales * layer.description.input.scale
             found.append(QuantizedParameter(name, module.bias, bias_scale, (-BIAS_LIMIT, BIAS_LIMIT)))
     return found
-
-
-def near_zero_scales(scales: Tensor) -> Tensor:
-    """Which of a layer's weight scales (out,) are near zero, so that their weights are not trained."""
-    return scales < NEAR_ZERO * scales.median()
 
 
 def _weight(scale: Tensor, near_zero: Tensor) -> tuple[Tensor, tuple[int, int], Tensor]:

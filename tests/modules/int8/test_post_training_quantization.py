@@ -23,6 +23,7 @@ from microtune.modules.int8.activation_ranges import (
 )
 from microtune.modules.int8.files import read_quantized_network, write_quantized_network
 from microtune.modules.int8.graph import Quantization
+from microtune.modules.int8.layers import NEAR_ZERO
 from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
 from microtune.modules.int8.post_training_quantization import (
     calibrate,
@@ -32,7 +33,6 @@ from microtune.modules.int8.post_training_quantization import (
 )
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
 from microtune.modules.networks.mobilenet_v2 import NORMALIZATION, load_weights, mobilenet_v2
-from microtune.modules.sparse_update.int8_update import NEAR_ZERO
 from microtune.modules.user_error import UserError
 
 HALF = ((0.5,), (0.5,))

@@ -24,8 +24,8 @@ from microtune.modules.networks.operations import find_operations
 from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.training.memory_figures import memory_figures, scheme_fits
 from microtune.recipes.training import training
+from microtune.recipes.training.memory_figures import memory_figures, scheme_fits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
