@@ -176,7 +176,7 @@ def zipped(members, compression=zipfile.ZIP_STORED):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", compression) as file:
         for name, content in members.items():
-            file.writestr(name, content)
+            file.writestr(zipfile.ZipInfo(name), content)
     return archive.getvalue()
 
 
