@@ -176,7 +176,8 @@ def zipped(members, compression=zipfile.ZIP_STORED):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", compression) as file:
         for name, content in members.items():
-            file.writestr(zipfile.ZipInfo(name), content)
+            # of 1980, so that a test has the same name in every process
+            file.writestr(zipfile.ZipInfo(name), content, compression)
     return archive.getvalue()
 
 
