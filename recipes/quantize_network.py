@@ -35,7 +35,7 @@ from microtune.modules.int8.post_training_quantization import (
     renormalized,
 )
 from microtune.modules.int8.published_networks import read_published_network
-from microtune.modules.networks.mobilenet_v2 import KERAS_SUFFIXES
+from microtune.modules.networks.pretrained_weights import KERAS_SUFFIXES
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.command_line import check_at_least_one, run
 from microtune.recipes.training.data_sets import CLASSES, DataName, data_module

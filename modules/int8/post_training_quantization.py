@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import MobileNetV2
 
 from microtune.modules.int8.activation_ranges import (
     BINS,
@@ -32,7 +31,7 @@ from microtune.modules.int8.graph import (
 )
 from microtune.modules.int8.layers import BIAS_LIMIT, NEAR_ZERO
 from microtune.modules.networks.batch_norm_folding import find_batch_norm
-from microtune.modules.networks.mobilenet_v2 import KerasPadding
+from microtune.modules.networks.mobilenet_v2 import KerasPadding, MobileNetV2
 from microtune.modules.networks.operations import evaluation_mode
 from microtune.modules.user_error import UserError
 
@@ -170,7 +169,7 @@ def _parts(network: MobileNetV2) -> Iterator[_Part]:
             name = f"blocks.{index}.{kind}"
             yield _part(name, reads, module)
             reads = name
-        if block.use_res_connect:
+        if block.adds_input:
             reads = f"blocks.{index}.addition"
     if isinstance(network.features[-1], nn.Sequential):
         yield _part("feature_mix", reads, network.features[-1])
@@ -184,7 +183,7 @@ def _part(name: str, reads: str, module: nn.Module) -> _Part:
 
 
 def _blocks(network: MobileNetV2) -> list[nn.Module]:
-    return [module for module in network.features if hasattr(module, "use_res_connect")]
+    return [module for module in network.features if hasattr(module, "adds_input")]
 
 
 def _written(network: MobileNetV2) -> Iterator[tuple[str, nn.Module]]:
@@ -192,7 +191,7 @@ def _written(network: MobileNetV2) -> Iterator[tuple[str, nn.Module]]:
     for part in _parts(network):
         yield part.name, part.module
     for index, block in enumerate(_blocks(network)):
-        if block.use_res_connect:
+        if block.adds_input:
             yield f"blocks.{index}.addition", block
 
 

@@ -4,9 +4,9 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import MobileNetV2
 
 from microtune.modules.int8.network import QuantizedNetwork
+from microtune.modules.networks.mobilenet_v2 import MobileNetV2
 from microtune.modules.networks.operations import NetworkOperations
 from microtune.modules.user_error import UserError
 

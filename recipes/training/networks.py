@@ -12,16 +12,15 @@ from microtune.modules.int8.graph import INT8_SUFFIX, float_names
 from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
 from microtune.modules.memory.microcontrollers import Microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
-from microtune.modules.networks.mobilenet_v2 import (
+from microtune.modules.networks.mobilenet_v2 import build_network, network_name
+from microtune.modules.networks.operations import NetworkOperations, find_operations
+from microtune.modules.networks.pretrained_weights import (
     NORMALIZATION,
-    build_network,
     class_names_of_weights,
     input_shape_of_weights,
-    network_name,
     padding_of_weights,
     width_of_weights,
 )
-from microtune.modules.networks.operations import NetworkOperations, find_operations
 from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.sparse_update.simple_schemes import (
     biases_that_fit,

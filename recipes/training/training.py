@@ -24,7 +24,8 @@ from microtune.modules.int8.network import load_quantized_tensors, quantized_ten
 from microtune.modules.memory.microcontrollers import Microcontroller, microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
-from microtune.modules.networks.mobilenet_v2 import build_network, load_weights, weights_are_folded
+from microtune.modules.networks.mobilenet_v2 import build_network
+from microtune.modules.networks.pretrained_weights import load_weights, weights_are_folded
 from microtune.modules.sparse_update.channel_choice import to_be_chosen
 from microtune.modules.sparse_update.channel_importance import WITHOUT_DATA, Criterion
 from microtune.modules.sparse_update.int8_update import WeightStorage

@@ -17,7 +17,8 @@ from torchvision.models import MobileNet_V2_Weights
 from microtune.datamodules.image_files import decode, middle_part, opened, random_part
 from microtune.datamodules.imagenet import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, ImageNet, read_wnids
 from microtune.datamodules.reproducible_order import seeded_torch
-from microtune.modules.networks.mobilenet_v2 import NORMALIZATION, load_weights, mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.pretrained_weights import NORMALIZATION, load_weights
 from microtune.modules.user_error import UserError
 
 TENCH, GOLDFISH, TOILET_TISSUE = "n01440764", "n01443537", "n15075141"  # labels 0, 1 and 999

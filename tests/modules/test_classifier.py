@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.modules.classifier import Classifier, learning_rate_factor
 from microtune.modules.networks.batch_norm_folding import find_batch_norm
-from microtune.modules.networks.mobilenet_v2 import build_network, load_weights
+from microtune.modules.networks.mobilenet_v2 import build_network
+from microtune.modules.networks.pretrained_weights import load_weights
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

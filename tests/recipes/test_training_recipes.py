@@ -22,8 +22,9 @@ from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.classifier import Classifier
 from microtune.modules.memory.peak_memory import PeakMemory
-from microtune.modules.networks.mobilenet_v2 import NORMALIZATION, mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
+from microtune.modules.networks.pretrained_weights import NORMALIZATION
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.training import training
 

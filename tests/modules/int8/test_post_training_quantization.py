@@ -32,7 +32,8 @@ from microtune.modules.int8.post_training_quantization import (
     weight_scales,
 )
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
-from microtune.modules.networks.mobilenet_v2 import NORMALIZATION, load_weights, mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.pretrained_weights import NORMALIZATION, load_weights
 from microtune.modules.user_error import UserError
 
 HALF = ((0.5,), (0.5,))

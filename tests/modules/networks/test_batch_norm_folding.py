@@ -6,8 +6,9 @@ from torch import nn
 from torchvision.models import densenet121, resnet18, resnext50_32x4d
 
 from microtune.modules.networks.batch_norm_folding import find_batch_norm, fold_batch_norm
-from microtune.modules.networks.mobilenet_v2 import load_weights, mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
+from microtune.modules.networks.pretrained_weights import load_weights
 from microtune.modules.user_error import UserError
 
 

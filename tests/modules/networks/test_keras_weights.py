@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from microtune.modules.networks.keras_weights import read_keras_weights
-from microtune.modules.networks.mobilenet_v2 import load_weights, mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.pretrained_weights import load_weights
 from microtune.modules.user_error import UserError
 
 KERAS_FILE = "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"

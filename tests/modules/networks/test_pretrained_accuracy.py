@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from microtune.modules.networks.mobilenet_v2 import NORMALIZATION, load_weights, mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.pretrained_weights import NORMALIZATION, load_weights
 
 PREPROCESSING = (v2.PILToTensor(), v2.Resize(256), v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True))
 

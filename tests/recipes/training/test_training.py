@@ -19,8 +19,9 @@ from microtune.modules.classifier import Classifier
 from microtune.modules.memory.microcontrollers import microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import dynamic_choice
-from microtune.modules.networks.mobilenet_v2 import NORMALIZATION, mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
+from microtune.modules.networks.pretrained_weights import NORMALIZATION
 from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
