@@ -13,16 +13,20 @@ classes needs more SRAM for its update than any microcontroller of the table has
 from pathlib import Path
 from typing import Any
 
-from microtune.datamodules.imagenet import ImageNet
-from microtune.recipes.training.command_line import flat, run
-from microtune.recipes.training.networks import normalization_of, source_of_weights
-from microtune.recipes.training.training import train
+from microtune.recipes.training.command_line import flat, run_recipe
+from microtune.recipes.training.options import (
+    BudgetOptions,
+    DeviceOptions,
+    Int8Options,
+    NetworkOptions,
+    OptimizationOptions,
+    RunOptions,
+)
+from microtune.recipes.training.plan import check_named_files, plan_training
 
 
 def main(
     data_dir: Path = Path("data/imagenet"),
-    weights: str = "none",
-    network: str = "mobilenet_v2",
     resolution: int = 224,
     epochs: int = 150,
     batch_size: int = 256,
@@ -30,42 +34,87 @@ def main(
     num_workers: int = 2,
     smallest_crop: float = 0.08,
     skip_broken: bool = False,
-    evaluate_only: bool = False,
-    **options: Any,
+    network: NetworkOptions = NetworkOptions(),
+    budget: BudgetOptions = BudgetOptions(),
+    optimization: OptimizationOptions = OptimizationOptions(),
+    int8: Int8Options = Int8Options(),
+    devices: DeviceOptions = DeviceOptions(),
+    run: RunOptions = RunOptions(),
 ) -> dict[str, Any]:
     """Trains MobileNetV2 on ImageNet from scratch, fine-tunes it under an update scheme, or tests weights.
 
     Args:
         data_dir: Folder that holds train/ and val/ with a folder per wnid in each, or the original archives.
-        weights: To start from: none, torchvision, or a .pth, .ckpt, .h5 or .npz file.
-        network: mobilenet_v2, or the .safetensors file of an int8 network, which has its own weights.
         resolution: Height and width of the input in pixels.
-        epochs: Passes over the training split.
-        batch_size: Samples per step and device.
-        seed: Of the fresh classifier, the order of the samples and their augmentation.
-        num_workers: Processes that load the data.
+        epochs: Number of passes over the training split.
+        batch_size: Number of samples per step and device.
+        seed: Seed of the fresh classifier, the order of the samples and their augmentation.
+        num_workers: Number of processes that load the data.
         smallest_crop: Smallest part of a training image that is shown, as a fraction of its area; small networks do
             better with 0.25.
-        skip_broken: Leave out files that are no images, and say how many; decodes every file once.
-        evaluate_only: Train nothing: test the weights as they are.
+        skip_broken: Whether to leave out files that are no images, and say how many; decodes every file once.
     """
     arguments = flat(locals())
-    data = ImageNet(
-        data_dir,
-        resolution,
-        batch_size,
-        seed,
-        smallest_crop=smallest_crop,
-        normalization=normalization_of(source_of_weights(network, weights)),
-        num_workers=num_workers,
-        skip_broken=skip_broken,
-        evaluate_only=evaluate_only,
-    )
-    return train(
-        data, "train_imagenet", arguments, weights, epochs, batch_size, seed,
-        scratch_defaults={"ema_decay": 0.9999}, evaluate_only=evaluate_only, network=network, **options,
+    plan = plan_training(
+        network, budget, optimization, int8, devices, run,
+        epochs=epochs, batch_size=batch_size, seed=seed, num_workers=num_workers,
+        ema_decay_from_scratch=0.9999,
     )  # fmt: skip
+    check_named_files(plan)
+
+    # what cannot be is refused by now; these take seconds to import
+    from lightning.pytorch import seed_everything
+    from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+    from microtune.callbacks.int8_weights import Int8Weights
+    from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
+    from microtune.callbacks.sparse_update import SparseUpdate
+    from microtune.datamodules.imagenet import ImageNet
+    from microtune.modules.classifier import Classifier
+    from microtune.recipes.training.networks import describe_network, normalization_of
+    from microtune.recipes.training.pretrained import load_pretrained
+    from microtune.recipes.training.run import begin_run, finish_run, set_up, trainer_on
+    from microtune.recipes.training.schemes import scheme_to_train
+
+    data = ImageNet(
+        data_dir, resolution, batch_size, seed, smallest_crop=smallest_crop,
+        normalization=normalization_of(plan.source), num_workers=num_workers, skip_broken=skip_broken,
+        evaluate_only=run.evaluate_only,
+    )  # fmt: skip
+    set_up(data)
+    described = describe_network(
+        plan.source, data.input_shape, data.num_classes, network.width, network.head_convolution
+    )
+    scheme = scheme_to_train(plan, described)
+
+    seed_everything(seed, verbose=False)
+    module = Classifier(
+        described.to_evaluate(plan.source) if run.evaluate_only else described.to_train(scheme is not None),
+        class_names=data.class_names, input_shape=list(data.input_shape), **plan.hyperparameters,
+    )  # fmt: skip
+    load_pretrained(module, plan.source, data.input_shape, whole=run.evaluate_only)
+    if devices.compile:
+        module.net.compile()
+
+    callbacks = [ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)]
+    if scheme is not None:
+        callbacks.append(SparseUpdate(
+            scheme, "net", budget.method, budget.channel_choice, seed, data.input_shape, budget.rechoose_every,
+            budget.choice_samples,
+        ))  # fmt: skip
+    if plan.trains_int8:
+        callbacks += [QuantizationAwareScaling()] * int8.gradient_scaling + [Int8Weights(int8.weight_storage, seed)]
+    if decay := plan.averaging_decay(data.train_samples):
+        callbacks.append(EMAWeightAveraging(decay=decay))
+    trainer = trainer_on(
+        devices, max_epochs=epochs, callbacks=callbacks, accumulate_grad_batches=optimization.accumulate_batches,
+        gradient_clip_val=optimization.gradient_clip_norm,
+    )  # fmt: skip
+    begun = begin_run("train_imagenet", arguments, plan, described, scheme, trainer)
+    if not run.evaluate_only:
+        trainer.fit(module, data, ckpt_path=begun.checkpoint)
+    return finish_run(begun, plan, trainer, module, data)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

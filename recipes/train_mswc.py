@@ -13,19 +13,28 @@ From 13 English words (80 epochs of 845 clips, three minutes on one core of an A
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from lightning.pytorch import LightningDataModule
 
-from microtune.datamodules.decoded_audio import CacheName
-from microtune.datamodules.mswc import MSWC
-from microtune.datamodules.speech_commands import SpeechCommands
+from microtune.datamodules.option_names import CacheName
 from microtune.modules.user_error import UserError
-from microtune.recipes.training.command_line import flat, listed, run
-from microtune.recipes.training.networks import source_of_weights
+from microtune.recipes.training.command_line import flat, listed, run_recipe
+from microtune.recipes.training.options import (
+    BudgetOptions,
+    DeviceOptions,
+    Int8Options,
+    NetworkOptions,
+    OptimizationOptions,
+    RunOptions,
+)
+from microtune.recipes.training.plan import check_named_files, plan_training
 from microtune.recipes.training.speech import LEARNING_RATE_FROM_SCRATCH, check_spectrograms
-from microtune.recipes.training.training import train
+
+if TYPE_CHECKING:
+    from microtune.datamodules.contract import ClassificationData
+    from microtune.datamodules.mswc import MSWC
+    from microtune.datamodules.speech_commands import SpeechCommands
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +49,6 @@ def main(
     splits_dir: Path | None = None,
     noise_dir: Path | None = None,
     archives: str | None = None,
-    weights: str = "none",
-    network: str = "mobilenet_v2",
     forgetting: bool = True,
     n_mels: int = 40,
     hop_ms: int = 10,
@@ -52,7 +59,12 @@ def main(
     cache: CacheName = "memory",
     cache_dir: Path | None = None,
     skip_broken: bool = False,
-    **options: Any,
+    network: NetworkOptions = NetworkOptions(),
+    budget: BudgetOptions = BudgetOptions(),
+    optimization: OptimizationOptions = OptimizationOptions(),
+    int8: Int8Options = Int8Options(),
+    devices: DeviceOptions = DeviceOptions(),
+    run: RunOptions = RunOptions(),
 ) -> dict[str, Any]:
     """Lets a network that knows some spoken words learn others, of the Multilingual Spoken Words Corpus (MSWC).
 
@@ -60,39 +72,95 @@ def main(
         data_dir: Folder that holds a folder per language, such as en/clips.
         languages: Languages, separated by commas: en or en,ar.
         words: Words to learn, separated by commas.
-        num_words: Learn that many of the most frequent words; by default all.
-        unknown: Add a class for all other words.
-        shots: Training clips per word; by default all.
+        num_words: Number of words to learn, the most frequent ones; by default all.
+        unknown: Whether to add a class for all other words.
+        shots: Number of training clips per word; by default all.
         splits_dir: Folder of the csv files, where they do not lie beside the audio.
         noise_dir: Folder of WAV files with background noise to mix into training clips; by default it is generated.
         archives: Archives to unpack into data_dir first, separated by commas.
-        weights: To start from: none (from scratch), or the .ckpt of an earlier run on spoken words.
-        network: mobilenet_v2, or the .safetensors file of an int8 network, which has its own weights.
-        forgetting: Test the earlier words too, before and after, where weights lie beside their config.yaml.
-        n_mels: Bands of the log-mel spectrogram.
+        forgetting: Whether to test the earlier words too, before and after, where weights lie beside their config.yaml.
+        n_mels: Number of bands of the log-mel spectrogram.
         hop_ms: Milliseconds between its frames.
-        epochs: Passes over the training split.
-        batch_size: Clips per step.
-        seed: Of the fresh classifier, the chosen shots, the order of the clips and their augmentation.
-        num_workers: Processes that load the data; decoded clips need none.
-        cache: Where decoded clips are kept: memory or disk, 32 kB each.
+        epochs: Number of passes over the training split.
+        batch_size: Number of clips per step.
+        seed: Seed of the fresh classifier, the chosen shots, the order of the clips and their augmentation.
+        num_workers: Number of processes that load the data; decoded clips need none.
+        cache: Place of decoded clips: memory or disk, 32 kB each.
         cache_dir: Folder for those on disk; by default in the user's cache folder.
-        skip_broken: Leave out files that cannot be decoded, and say how many.
+        skip_broken: Whether to leave out files that cannot be decoded, and say how many.
     """
     arguments = flat(locals())
-    source = source_of_weights(network, weights)
-    check_spectrograms(source, n_mels, hop_ms)
-    data = words_to_learn(arguments)
-    earlier_data = earlier_words(source) if forgetting and not options.get("evaluate_only") else None
-    return train(
-        data, "train_mswc", arguments, weights, epochs, batch_size, seed,
-        scratch_defaults={"learning_rate": LEARNING_RATE_FROM_SCRATCH * batch_size / 32}, earlier_data=earlier_data,
-        network=network, **options,
+    plan = plan_training(
+        network, budget, optimization, int8, devices, run,
+        epochs=epochs, batch_size=batch_size, seed=seed, num_workers=num_workers,
+        rate_from_scratch=LEARNING_RATE_FROM_SCRATCH * batch_size / 32,
     )  # fmt: skip
+    check_named_files(plan)
+    check_spectrograms(plan.source, n_mels, hop_ms)
+
+    # what cannot be is refused by now; these take seconds to import
+    from lightning.pytorch import seed_everything
+    from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+    from microtune.callbacks.int8_weights import Int8Weights
+    from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
+    from microtune.callbacks.sparse_update import SparseUpdate
+    from microtune.modules.classifier import Classifier
+    from microtune.recipes.training.networks import describe_network
+    from microtune.recipes.training.pretrained import earlier_classifier, load_pretrained, take_trunk, test_quietly
+    from microtune.recipes.training.run import begin_run, finish_run, forget_averages, set_up, trainer_on
+    from microtune.recipes.training.schemes import scheme_to_train
+
+    data = words_to_learn(arguments)
+    set_up(data)
+    described = describe_network(
+        plan.source, data.input_shape, data.num_classes, network.width, network.head_convolution
+    )
+    scheme = scheme_to_train(plan, described)
+
+    seed_everything(seed, verbose=False)
+    module = Classifier(
+        described.to_evaluate(plan.source) if run.evaluate_only else described.to_train(scheme is not None),
+        class_names=data.class_names, input_shape=list(data.input_shape), **plan.hyperparameters,
+    )  # fmt: skip
+    load_pretrained(module, plan.source, data.input_shape, whole=run.evaluate_only)
+    earlier_data = earlier_words(plan.source) if forgetting and not run.evaluate_only else None
+    if earlier_data is not None:
+        earlier = earlier_classifier(module, plan.source, data.input_shape, earlier_data)
+    if devices.compile:
+        module.net.compile()
+
+    callbacks = [ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)]
+    if scheme is not None:
+        callbacks.append(SparseUpdate(
+            scheme, "net", budget.method, budget.channel_choice, seed, data.input_shape, budget.rechoose_every,
+            budget.choice_samples,
+        ))  # fmt: skip
+    if plan.trains_int8:
+        callbacks += [QuantizationAwareScaling()] * int8.gradient_scaling + [Int8Weights(int8.weight_storage, seed)]
+    if decay := plan.averaging_decay(data.train_samples):
+        callbacks.append(EMAWeightAveraging(decay=decay))
+    trainer = trainer_on(
+        devices, max_epochs=epochs, callbacks=callbacks, accumulate_grad_batches=optimization.accumulate_batches,
+        gradient_clip_val=optimization.gradient_clip_norm,
+    )  # fmt: skip
+    begun = begin_run("train_mswc", arguments, plan, described, scheme, trainer)
+    facts = {}
+    if earlier_data is not None:
+        facts["earlier_top1_before"] = test_quietly(trainer, earlier, earlier_data)
+    if not run.evaluate_only:
+        trainer.fit(module, data, ckpt_path=begun.checkpoint)
+    forget_averages(trainer)
+    if earlier_data is not None:
+        take_trunk(earlier, module)
+        facts["earlier_top1_after"] = test_quietly(trainer, earlier, earlier_data)
+    return finish_run(begun, plan, trainer, module, data, facts)
 
 
-def words_to_learn(arguments: dict[str, Any]) -> MSWC:
+def words_to_learn(arguments: dict[str, Any]) -> "MSWC":
     """The data module that this recipe's arguments, or the ``config.yaml`` of a run, describe."""
+    from microtune.datamodules.mswc import MSWC
+
     same = ("num_words", "unknown", "shots", "batch_size", "seed", "n_mels", "hop_ms", "cache", "skip_broken")
     paths = {name: arguments[name] and Path(arguments[name]) for name in ("splits_dir", "noise_dir", "cache_dir")}
     return MSWC(
@@ -106,7 +174,7 @@ def words_to_learn(arguments: dict[str, Any]) -> MSWC:
     )
 
 
-def earlier_words(weights: str) -> LightningDataModule | None:
+def earlier_words(weights: str) -> "ClassificationData | None":
     """What the run that wrote ``weights`` had learnt, by the ``config.yaml`` beside them; None if that is not known."""
     if weights == "none":
         return None
@@ -122,12 +190,14 @@ def earlier_words(weights: str) -> LightningDataModule | None:
     return data
 
 
-def commands_learnt(arguments: dict[str, Any]) -> SpeechCommands:
+def commands_learnt(arguments: dict[str, Any]) -> "SpeechCommands":
     """The data module that the ``config.yaml`` of a run of ``train_speech_commands.py`` describes."""
+    from microtune.datamodules.speech_commands import SpeechCommands
+
     same = ("task", "version", "n_mels", "hop_ms", "cache", "skip_broken")
     cache_dir = arguments["cache_dir"] and Path(arguments["cache_dir"])
     return SpeechCommands(arguments["data_dir"], cache_dir=cache_dir, **{name: arguments[name] for name in same})
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

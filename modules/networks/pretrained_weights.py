@@ -36,6 +36,17 @@ LAST_PROJECTION = "features.17.conv.2.weight"
 CLASSIFIER = ("classifier.1.weight", "classifier.1.bias")
 
 
+def check_source(source: str | Path) -> None:
+    """Raises ``UserError`` if weights are none that ``load_weights`` knows, or a file that is not there.
+
+    Example::
+
+        check_source("torchvision")
+    """
+    if str(source) not in ("none", "torchvision"):
+        _existing_file(source)
+
+
 def padding_of_weights(source: str | Path) -> Padding:
     """Returns the padding that weights were trained with, which their network must be built with.
 

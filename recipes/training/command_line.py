@@ -7,14 +7,16 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace, auto_parser
+from jsonargparse import ArgumentParser
 
 from microtune.modules.user_error import UserError
 
 
-def run(main: Callable[..., Any]) -> Any:
+def run_recipe(main: Callable[..., Any]) -> Any:
     """Runs a recipe's ``main`` with the arguments of the command line or of ``--config FILE``.
 
     A user's mistake prints one line and exits with status 2, an interruption with 130.
@@ -22,18 +24,16 @@ def run(main: Callable[..., Any]) -> Any:
     Example::
 
         if __name__ == "__main__":
-            run(main)
+            run_recipe(main)
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", module="lightning|torchmetrics|jsonargparse")
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).propagate = False  # it has a handler of its own
+    for logger in map(logging.getLogger, ("lightning", "lightning.pytorch", "lightning.fabric")):
+        logger.propagate = not logger.handlers  # where it was imported before, it has a handler of its own
     advertisement = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertisement.addFilter(lambda record: "Tip:" not in record.getMessage())
-    parser = auto_parser(main, as_positional=False, allow_abbrev=False, exit_on_error=False)
     try:
-        arguments = parse(parser, sys.argv[1:])
-        return main(**arguments.as_dict())
+        return called_with(main, parse(parser_of(main), sys.argv[1:]))
     except UserError as error:
         message = str(error)
         if "Original Traceback" in message:  # a data loader's process sends its traceback along
@@ -48,8 +48,53 @@ def run(main: Callable[..., Any]) -> Any:
         sys.exit(130)
 
 
-def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
-    """The arguments that ``words`` give, with a ``UserError`` of one line where the parser's has many."""
+def option_groups(main: Callable[..., Any]) -> dict[str, type]:
+    """The parameters of a recipe that are a dataclass of options, each field of which is a flag of its own."""
+    return {name: kind for name, kind in get_type_hints(main).items() if name != "return" and is_dataclass(kind)}
+
+
+def parser_of(main: Callable[..., Any]) -> ArgumentParser:
+    """The command line of a recipe: a flag for each parameter, and for each field of those that are dataclasses."""
+    groups = option_groups(main)
+    description = main.__doc__.partition("\n")[0] if main.__doc__ else None
+    parser = ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="File of arguments in YAML, such as the config.yaml of a run.")
+    parser.add_function_arguments(main, as_group=False, skip=set(groups))
+    for kind in groups.values():
+        parser.add_class_arguments(kind)
+    return parser
+
+
+def called_with(main: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Calls a recipe with flat arguments, as the command line and ``config.yaml`` have them.
+
+    Example::
+
+        called_with(train_cifar.main, {"epochs": 3, "mcu": "rp2040"})
+    """
+    arguments = dict(arguments)
+    groups = {
+        name: kind(**{field.name: arguments.pop(field.name) for field in fields(kind) if field.name in arguments})
+        for name, kind in option_groups(main).items()
+    }
+    return main(**arguments, **groups)
+
+
+def flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's arguments as ``config.yaml`` keeps them: the fields of dataclasses of options beside all others.
+
+    Example::
+
+        flat({"epochs": 3, "int8": Int8Options()})  # {"epochs": 3, "gradient_scaling": True, ...}
+    """
+    result = {}
+    for name, value in arguments.items():
+        result |= asdict(value) if is_dataclass(value) else {name: value}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in result.items()}
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
+    """The flat arguments that ``words`` give, with a ``UserError`` of one line where the parser's has many."""
     try:
         arguments = parser.parse_args(with_values_for_flags(parser, words))
     except ArgumentError as error:
@@ -57,7 +102,7 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     except UnicodeDecodeError as error:
         raise UserError("the file of --config is binary: give YAML, such as the config.yaml of a run") from error
     arguments.pop("config", None)
-    return arguments
+    return arguments.as_dict()
 
 
 def listed(text: str | None) -> list[str] | None:
@@ -87,16 +132,6 @@ def numbers(text: str, kind: type) -> list[Any]:
         return [kind(part) for part in listed(text)]
     except ValueError as error:
         raise UserError(f"{text!r} is no list of numbers: separate them by commas, as in 0.25,0.5") from error
-
-
-def flat(arguments: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a recipe whose ``main`` ends in ``**options``: what ``locals()`` says at its beginning.
-
-    Example::
-
-        flat({"epochs": 3, "options": {"mcu": "rp2040"}})  # {"epochs": 3, "mcu": "rp2040"}
-    """
-    return {name: value for name, value in arguments.items() if name != "options"} | arguments["options"]
 
 
 EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}

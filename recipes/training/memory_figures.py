@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from torch import nn
 
@@ -172,6 +171,11 @@ def _kib(size_bytes: float) -> str:
 
 def draw_memory(timeline: Timeline, microcontroller: Microcontroller, title: str, path: Path | str) -> None:
     """Draws the bytes alive over the operations of one training step, with the budget as a line, as a PNG."""
+    import matplotlib  # a second, which figures alone need not wait for
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     edges = np.arange(len(timeline.moments) + 1) - 0.5  # of the steps, so that the first and last are whole
     colors = plt.get_cmap("tab10").colors

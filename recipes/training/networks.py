@@ -1,4 +1,4 @@
-"""The network of a recipe, its operations and its scheme, from what the command line says."""
+"""The network of a recipe and its operations, from what the command line says."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,6 @@ from microtune.datamodules.images_in_memory import Normalization
 from microtune.modules.int8.files import is_quantized_file, read_quantized_network
 from microtune.modules.int8.graph import INT8_SUFFIX, float_names
 from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
-from microtune.modules.memory.microcontrollers import Microcontroller
-from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.networks.mobilenet_v2 import build_network, network_name
 from microtune.modules.networks.operations import NetworkOperations, find_operations
 from microtune.modules.networks.pretrained_weights import (
@@ -19,25 +17,14 @@ from microtune.modules.networks.pretrained_weights import (
     class_names_of_weights,
     input_shape_of_weights,
     padding_of_weights,
+    weights_are_folded,
     width_of_weights,
-)
-from microtune.modules.sparse_update.channel_importance import Criterion
-from microtune.modules.sparse_update.simple_schemes import (
-    biases_that_fit,
-    classifier_only,
-    expanding_convolutions_that_fit,
-    full_update,
-    last_layers_that_fit,
 )
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.command_line import check_at_least_one
-from microtune.recipes.training.memory_figures import scheme_fits
 
-MOBILENET_V2 = "mobilenet_v2"
 WIDTH = 0.35  # of a network that no weights describe
-NAMED_SCHEMES = ("classifier", "biases", "last_layers", "sub_tensor", "full")
-FILLING_SCHEMES = ("biases", "last_layers", "sub_tensor")  # as much as fits a microcontroller
 
 
 @dataclass(frozen=True)
@@ -63,6 +50,21 @@ class DescribedNetwork:
         """Whether it is an int8 network."""
         return isinstance(self.network, QuantizedNetwork)
 
+    def to_train(self, has_scheme: bool) -> dict[str, Any]:
+        """Arguments of ``Classifier``'s network that is trained: folded under a scheme, else with batch norm."""
+        return self.arguments if self.is_quantized else self.arguments | {"folded": has_scheme}
+
+    def to_evaluate(self, source: str) -> dict[str, Any]:
+        """Arguments of ``Classifier``'s network that is only tested: as its weights are, with their own classifier.
+
+        Args:
+            source: From ``source_of_weights``.
+        """
+        if self.is_quantized:
+            has_int8_classifier = self.network.graph.classifier.output is not None
+            return self.arguments | {"int8_classifier": has_int8_classifier}
+        return self.arguments | {"folded": weights_are_folded(source)}
+
     def load_scheme(self, path: Path | str) -> UpdateScheme:
         """Reads a scheme and checks that it is for this network, or for the one that this int8 network was."""
         scheme = UpdateScheme.load(path)
@@ -73,32 +75,6 @@ class DescribedNetwork:
         except ValueError as error:
             raise type(error)(f"{path}: {error}") from error
         return scheme
-
-
-def source_of_weights(network: str, weights: str) -> str:
-    """Where the weights are: an int8 network's file holds its own.
-
-    Args:
-        network: ``"mobilenet_v2"``, or the file of an int8 network.
-        weights: As ``load_weights`` takes them, or ``"none"``.
-
-    Raises:
-        UserError: The network is neither, or its file is given together with weights.
-
-    Example::
-
-        source_of_weights("mobilenet_v2", "torchvision")  # "torchvision"
-        source_of_weights("network.safetensors", "none")  # "network.safetensors"
-    """
-    if is_quantized_file(network):
-        if weights != "none":
-            raise UserError(f"{network} is an int8 network, which has its own weights: leave --weights out")
-        return network
-    if network != MOBILENET_V2:
-        raise UserError(f"network is {network!r}: give {MOBILENET_V2}, or the .safetensors file of an int8 network")
-    if is_quantized_file(weights):
-        raise UserError(f"{weights} is a whole int8 network: give it as --network")
-    return weights
 
 
 def normalization_of(source: str) -> Normalization:
@@ -150,12 +126,10 @@ def describe_network(
         head_convolution: Whether it has its last 1x1 convolution, likewise.
 
     Raises:
-        UserError: An argument is out of its range, or is given for an int8 network that has its own.
+        UserError: An argument is out of its range.
     """
     check_at_least_one(resolution=min(input_shape[1:]))
     if is_quantized_file(source):
-        if width is not None or head_convolution:
-            raise UserError(f"{source} says what it is: leave --width and --head_convolution out")
         return describe_quantized_network(source, input_shape, num_classes)
     if width is None:
         width = width_of_weights(source) or WIDTH
@@ -193,42 +167,3 @@ def describe_quantized_network(path: str, input_shape: tuple[int, int, int], num
     load_quantized_tensors(network, tensors)
     operations = find_operations(network, input_shape)
     return DescribedNetwork(graph.name, arguments, network, operations, input_shape)
-
-
-def scheme_by_name_or_file(
-    scheme: str,
-    described: DescribedNetwork,
-    peak_memory: PeakMemory,
-    microcontroller: Microcontroller,
-    rechosen_by: Criterion | None = None,
-) -> UpdateScheme:
-    """The update scheme that the command line asks for.
-
-    Args:
-        scheme: A JSON file, or one of ``NAMED_SCHEMES``; ``biases``, ``last_layers`` and ``sub_tensor`` take as many
-            layers as fit the microcontroller.
-        described: The network.
-        peak_memory: Of the network, with the options of the training.
-        microcontroller: The device.
-        rechosen_by: The score by which it chooses channels anew in training; by default it does not.
-
-    Raises:
-        UserError: The file is no scheme for this network, or nothing fits.
-    """
-    name, operations = described.name, described.operations
-    rules = {
-        "biases": biases_that_fit,
-        "last_layers": last_layers_that_fit,
-        "sub_tensor": expanding_convolutions_that_fit,
-    }
-    if scheme == "classifier":
-        return classifier_only(name)
-    if scheme == "full":
-        return full_update(name, operations)
-    if scheme in rules:
-        found = rules[scheme](name, operations, lambda one: scheme_fits(peak_memory, one, microcontroller, rechosen_by))
-        # nothing fits: the smallest scheme says so where it is checked
-        return found or classifier_only(name)
-    if not Path(scheme).suffix and not Path(scheme).exists():
-        raise UserError(f"unknown scheme {scheme!r}: give a JSON file or one of {', '.join(NAMED_SCHEMES)}")
-    return described.load_scheme(scheme)
