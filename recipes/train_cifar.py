@@ -10,7 +10,8 @@ give 84.2 % (3 seeds) with 215 KiB at the peak, where full update gives 83.1 % w
 from pathlib import Path
 from typing import Any, Literal
 
-from microtune.datamodules.cifar import CIFAR, AugmentationName
+from microtune.datamodules.cifar import CIFAR
+from microtune.datamodules.option_names import AugmentationName
 from microtune.recipes.training.command_line import flat, run
 from microtune.recipes.training.networks import normalization_of, source_of_weights
 from microtune.recipes.training.training import train

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from microtune.datamodules.decoded_audio import CacheName
 from microtune.datamodules.mswc import MSWC
+from microtune.datamodules.option_names import CacheName
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.command_line import flat, listed, run

@@ -9,8 +9,8 @@ which give 90 % (3 seeds). The whole data set has many times as many clips, and 
 from pathlib import Path
 from typing import Any, Literal
 
-from microtune.datamodules.decoded_audio import CacheName
-from microtune.datamodules.speech_commands import SpeechCommands, Task
+from microtune.datamodules.option_names import CacheName, Task
+from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.recipes.training.command_line import flat, run
 from microtune.recipes.training.networks import source_of_weights
 from microtune.recipes.training.speech import LEARNING_RATE_FROM_SCRATCH, check_spectrograms
