@@ -14,13 +14,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-from microtune.datamodules.images_in_memory import (
-    ImagesInMemory,
-    Normalization,
-    check_image_arguments,
-    middle_views,
-    random_views,
-)
+from microtune.datamodules.contract import Normalization
+from microtune.datamodules.images_in_memory import ImagesInMemory, check_image_arguments, middle_views, random_views
+from microtune.datamodules.option_names import AugmentationName
 from microtune.datamodules.reproducible_order import data_loader, stratified_split
 from microtune.modules.plain_pickles import read_plain_pickle
 from microtune.modules.user_error import UserError
@@ -28,7 +24,6 @@ from microtune.modules.user_error import UserError
 log = logging.getLogger(__name__)
 
 WHITE = 255
-AugmentationName = Literal["none", "shift", "crop"]
 
 
 class CIFAR(LightningDataModule):

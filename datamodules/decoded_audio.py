@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import soundfile
@@ -20,13 +20,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torchaudio.transforms import Resample
 
+from microtune.datamodules.option_names import CacheName
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.atomic_files import whole_folder, write_json
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)
-
-CacheName = Literal["memory", "disk"]
 
 SAMPLE_RATE_HZ = 16_000
 CLIP_SAMPLES = 16_000  # one second

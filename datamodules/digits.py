@@ -6,7 +6,8 @@ from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from microtune.datamodules.images_in_memory import ImagesInMemory, Normalization, check_image_arguments
+from microtune.datamodules.contract import Normalization
+from microtune.datamodules.images_in_memory import ImagesInMemory, check_image_arguments
 from microtune.datamodules.reproducible_order import data_loader, stratified_split
 from microtune.modules.user_error import UserError
 

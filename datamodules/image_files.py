@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
-from microtune.datamodules.images_in_memory import Normalization, normalized
+from microtune.datamodules.contract import Normalization
+from microtune.datamodules.images_in_memory import normalized
 from microtune.datamodules.progress import progress_bar
 from microtune.datamodules.reproducible_order import (
     Key,

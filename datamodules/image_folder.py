@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from microtune.datamodules.contract import Normalization
 from microtune.datamodules.image_files import (
     SUFFIXES,
     ImageFiles,
@@ -20,7 +21,7 @@ from microtune.datamodules.image_files import (
     middle_part,
     random_part,
 )
-from microtune.datamodules.images_in_memory import Normalization, check_image_arguments
+from microtune.datamodules.images_in_memory import check_image_arguments
 from microtune.datamodules.reproducible_order import stratified_split
 from microtune.modules.user_error import UserError
 

@@ -18,6 +18,7 @@ from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_de
 from torchvision.models import MobileNet_V2_Weights
 
 from microtune.datamodules.archives import read_archive
+from microtune.datamodules.contract import Normalization
 from microtune.datamodules.image_files import (
     SUFFIXES,
     ImageFiles,
@@ -28,7 +29,7 @@ from microtune.datamodules.image_files import (
     middle_part,
     random_part,
 )
-from microtune.datamodules.images_in_memory import Normalization, check_image_arguments
+from microtune.datamodules.images_in_memory import check_image_arguments
 from microtune.datamodules.progress import progress_bar
 from microtune.datamodules.reproducible_order import random_bits, stratified_split
 from microtune.modules.atomic_files import whole_folder

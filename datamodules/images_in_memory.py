@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import center_crop
 
+from microtune.datamodules.contract import Normalization
 from microtune.datamodules.reproducible_order import Key, epochs_and_indices, random_fractions
 from microtune.modules.user_error import UserError
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 View = Callable[[Tensor, np.ndarray, np.ndarray], Tensor]
 
 # timm's create_transform, which torchvision's RandomResizedCrop has as well

@@ -4,24 +4,22 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from filelock import FileLock
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from microtune.datamodules.contract import ClassificationData, Split
+from microtune.datamodules.option_names import KeepName
 from microtune.datamodules.progress import progress_bar
 from microtune.datamodules.reproducible_order import Key, data_loader
 from microtune.modules.atomic_files import whole_folder
 from microtune.modules.search.frozen_trunk import features_of
 from microtune.modules.user_error import UserError
 
-KeepName = Literal["memory", "disk", "none"]
-Split = Literal["train", "val", "test"]
 MIB = 1024 * 1024
 SAMPLES_AT_ONCE = 64
 FEW_BATCHES = 8
@@ -56,7 +54,7 @@ class TrunkFeatures:
     def __init__(
         self,
         trunk: nn.Module,
-        data: LightningDataModule,
+        data: ClassificationData,
         copies: int,
         keep: KeepName = "memory",
         limit_bytes: float = math.inf,

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from microtune.datamodules.decoded_audio import CacheName, decode_clips, read_audio
+from microtune.datamodules.decoded_audio import decode_clips, read_audio
 from microtune.datamodules.keyword_audio import (
     Batch,
     KeywordClips,
@@ -22,6 +22,7 @@ from microtune.datamodules.keyword_audio import (
 from microtune.datamodules.mswc_choice import UNKNOWN, check_classes, choose_clips, choose_words, few_shots
 from microtune.datamodules.mswc_files import find_clips, unpack_mswc
 from microtune.datamodules.mswc_splits import SPLITS, read_languages
+from microtune.datamodules.option_names import CacheName
 from microtune.datamodules.reproducible_order import data_loader
 from microtune.modules.user_error import UserError
 
@@ -74,6 +75,8 @@ class MSWC(LightningDataModule):
         waveforms, labels, draws = next(iter(data.train_dataloader()))  # (64, 16000) int16, (64,), (64, 12)
         spectrograms, labels = data.front_end((waveforms, labels, draws))  # (64, 1, 97, 40); a Trainer does this
     """
+
+    normalization = None  # spectrograms have constants of their own
 
     def __init__(
         self,

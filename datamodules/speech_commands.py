@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchaudio.datasets import SPEECHCOMMANDS
 
 from microtune.datamodules.archives import unpack
-from microtune.datamodules.decoded_audio import CLIP_SAMPLES, CacheName, decode_clips, read_audio
+from microtune.datamodules.decoded_audio import CLIP_SAMPLES, decode_clips, read_audio
 from microtune.datamodules.keyword_audio import (
     Batch,
     KeywordClips,
@@ -27,13 +27,12 @@ from microtune.datamodules.keyword_audio import (
     join_recordings,
     spectrogram_shape,
 )
+from microtune.datamodules.option_names import CacheName, Task
 from microtune.datamodules.reproducible_order import data_loader, random_bits
 from microtune.modules.atomic_files import whole_folder
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)
-
-Task = Literal["words10", "words12", "all"]
 
 # Warden, "Speech Commands" (arXiv 1804.03209), section 5.8: the ten that a device is to tell apart
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -91,6 +90,8 @@ class SpeechCommands(LightningDataModule):
         batch = next(iter(data.train_dataloader()))  # clips as int16, labels, random numbers
         spectrograms, labels = data.on_after_batch_transfer(batch, 0)  # (64, 1, 97, 40), (64,); a Trainer calls this
     """
+
+    normalization = None  # spectrograms have constants of their own
 
     def __init__(
         self,

@@ -9,7 +9,6 @@ quarter of a minute on one core of an AMD EPYC. What got 83.8 % of 1,500 test im
 and torchvision's MobileNetV2 80.7 % of 1,000 of ImageNet, where it got 81.4 %.
 """
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from microtune.datamodules.contract import ClassificationData
+from microtune.datamodules.data_sets import DATA_SETS, DataName, find_data_set
 from microtune.datamodules.reproducible_order import seeded_torch
 from microtune.modules.classifier import Classifier
 from microtune.modules.int8.activation_ranges import RangeEstimator
@@ -38,21 +38,13 @@ from microtune.modules.int8.published_networks import read_published_network
 from microtune.modules.networks.pretrained_weights import KERAS_SUFFIXES
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.command_line import check_at_least_one, run
-from microtune.recipes.training.data_sets import CLASSES, DataName, data_module
+from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.memory_figures import KIB, size_of
 from microtune.recipes.training.networks import describe_network, input_shape_of
 from microtune.recipes.training.training import check_ranges, load_pretrained
 
 PICKLE_SUFFIXES = (".pkl", ".pickle")
 SUFFIXES = (".pth", ".pt", ".ckpt", *KERAS_SUFFIXES)
-RECIPES = {
-    "cifar10": "train_cifar.py",
-    "cifar100": "train_cifar.py --classes 100",
-    "image_folder": "train_image_folder.py",
-    "imagenet": "train_imagenet.py",
-    "speech_commands": "train_speech_commands.py",
-    "mswc": "train_mswc.py",
-}
 Int8 = tuple[QuantizedGraph, dict[str, Tensor]]
 
 
@@ -95,6 +87,7 @@ def main(
     check_at_least_one(samples=samples, batch_size=batch_size, resolution=resolution)
     check_ranges({"seed": seed})
     check_out(out, overwrite)
+    recipe = "train_*.py"
     if Path(source).suffix in PICKLE_SUFFIXES:
         if data is not None or data_dir is not None:
             raise UserError(f"{source} is an int8 network with ranges of its own: leave --data and --data_dir out")
@@ -104,13 +97,15 @@ def main(
         if resolution is None:
             known = input_shape_of(source)
             resolution = 96 if known is None else known[1]
-        options = not_augmented(data) | (data_options or {})
-        data_set = data_module(data, data_dir, source, resolution, batch_size, seed, options)
-        trained = trained_network(source, data_set, width, head_convolution, seed)
-        graph, tensors = quantized(trained, data_set, samples, estimator)
+        data_set = find_data_set(data)
+        recipe = data_set.recipe or recipe
+        options = {**data_set.without_augmentation, **(data_options or {})}
+        calibration_data = data_module(data, data_dir, source, resolution, batch_size, seed, options)
+        trained = trained_network(source, calibration_data, width, head_convolution, seed)
+        graph, tensors = quantized(trained, calibration_data, samples, estimator)
     write_quantized_network(out, graph, tensors)
     print(summary(graph, tensors, out))
-    print(f"next: train it, or its classifier: recipes/{RECIPES.get(data, 'train_*.py')} --network {out}")
+    print(f"next: train it, or its classifier: recipes/{recipe} --network {out}")
     return graph
 
 
@@ -133,19 +128,8 @@ def check_source(source: str, data: str | None) -> None:
     if data is None:
         raise UserError(
             f"{source} is in floating point, and its ranges are taken from samples: give --data, one of "
-            f"{', '.join(get_args(DataName))}, and --data_dir"
+            f"{', '.join(DATA_SETS)}, and --data_dir"
         )
-
-
-def not_augmented(data: str) -> dict[str, Any]:
-    """The option of a data module that shows training samples as they are.
-
-    Example::
-
-        not_augmented("cifar10")  # {"augmentation": "none"}
-    """
-    known = inspect.signature(CLASSES[data].__init__).parameters
-    return {"augment": False} if "augment" in known else {"augmentation": "none"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +148,7 @@ class TrainedNetwork:
 
 
 def trained_network(
-    source: str, data: LightningDataModule, width: float | None, head_convolution: bool, seed: int
+    source: str, data: ClassificationData, width: float | None, head_convolution: bool, seed: int
 ) -> TrainedNetwork:
     """Builds the network that fits the weights and loads them, its classifier too if it is for the data's classes."""
     described = describe_network(source, data.input_shape, data.num_classes, width, head_convolution)
@@ -192,7 +176,7 @@ class TrainingSamples:
         calibrate(network, TrainingSamples(data, 256))
     """
 
-    def __init__(self, data: LightningDataModule, count: int):
+    def __init__(self, data: ClassificationData, count: int):
         self.data = data
         self.count = count
 
@@ -206,14 +190,13 @@ class TrainingSamples:
                 return
 
 
-def quantized(trained: TrainedNetwork, data: LightningDataModule, samples: int, estimator: RangeEstimator) -> Int8:
+def quantized(trained: TrainedNetwork, data: ClassificationData, samples: int, estimator: RangeEstimator) -> Int8:
     """Quantizes by both estimators, says what each costs on the validation split, and returns what is asked for."""
-    normalization = getattr(data, "normalization", None)
     calibration = calibrate(trained.network, TrainingSamples(data, samples))
     print(f"{trained.name}: ranges of {calibration.samples:,} samples of the training split")
     made = {
         one: quantize_after_training(
-            trained.network, calibration, trained.name + INT8_SUFFIX, one, normalization, data.class_names,
+            trained.network, calibration, trained.name + INT8_SUFFIX, one, data.normalization, data.class_names,
             trained.knows_classes,
         )
         for one in get_args(RangeEstimator)
@@ -225,7 +208,7 @@ def quantized(trained: TrainedNetwork, data: LightningDataModule, samples: int, 
     return made[estimator]
 
 
-def accuracy_table(network: nn.Module, made: Mapping[str, Int8], data: LightningDataModule) -> Table:
+def accuracy_table(network: nn.Module, made: Mapping[str, Int8], data: ClassificationData) -> Table:
     """Top-1 on the validation split: in floating point, and in int8 by each estimator."""
     networks = {"float": network}
     for name, (graph, tensors) in made.items():
@@ -242,7 +225,7 @@ def accuracy_table(network: nn.Module, made: Mapping[str, Int8], data: Lightning
 
 
 @torch.inference_mode()
-def correct_on_validation(networks: Mapping[str, nn.Module], data: LightningDataModule) -> dict[str, int]:
+def correct_on_validation(networks: Mapping[str, nn.Module], data: ClassificationData) -> dict[str, int]:
     """How many samples of the validation split each network gets right."""
     right = dict.fromkeys(networks, 0)
     for batch in data.val_dataloader():

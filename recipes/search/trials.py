@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from microtune.datamodules.kept_features import MIB, KeepName, Split, TrunkFeatures
+from microtune.datamodules.contract import ClassificationData, Split
+from microtune.datamodules.data_sets import DataName
+from microtune.datamodules.kept_features import MIB, TrunkFeatures
+from microtune.datamodules.option_names import KeepName
 from microtune.datamodules.reproducible_order import seeded_torch
 from microtune.modules.classifier import Classifier, network_of
 from microtune.modules.search.frozen_trunk import cut_network
@@ -23,7 +25,7 @@ from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import check_at_least_one
-from microtune.recipes.training.data_sets import DataName, data_module
+from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.networks import DescribedNetwork, describe_network, source_of_weights
 from microtune.recipes.training.training import load_pretrained
 
@@ -134,7 +136,7 @@ def _key(settings: TrialSettings, names: Iterable[str]) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _network_and_data(key: str) -> tuple[DescribedNetwork, LightningDataModule]:
+def _network_and_data(key: str) -> tuple[DescribedNetwork, ClassificationData]:
     settings = TrialSettings(**json.loads(key))
     if settings.data is None:
         raise UserError("trials need data: give --data")

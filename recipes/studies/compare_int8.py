@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from microtune.datamodules.data_sets import DataName
 from microtune.modules.int8.files import is_quantized_file
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
@@ -28,7 +29,6 @@ from microtune.recipes.studies.paired_trainings import (
     train_and_compare,
 )
 from microtune.recipes.training.command_line import check_at_least_one, listed, run
-from microtune.recipes.training.data_sets import DataName
 from microtune.recipes.training.networks import FILLING_SCHEMES, MOBILENET_V2, NAMED_SCHEMES, source_of_weights
 from microtune.recipes.training.run_folder import LoggerName, new_folder, plain
 from microtune.recipes.training.training import check_ranges

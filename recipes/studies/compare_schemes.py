@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from microtune.datamodules.data_sets import DataName
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import extra_memory_bytes, extra_memory_per_layer
 from microtune.modules.search.contributions import Contribution, ContributionTable
@@ -43,7 +44,6 @@ from microtune.recipes.studies.paired_trainings import (
     train_and_compare,
 )
 from microtune.recipes.training.command_line import check_at_least_one, listed, run
-from microtune.recipes.training.data_sets import DataName
 from microtune.recipes.training.memory_figures import KIB, refuse_oversize, scheme_fits
 from microtune.recipes.training.networks import DescribedNetwork
 from microtune.recipes.training.run_folder import LoggerName, new_folder, plain

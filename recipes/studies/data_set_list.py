@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from microtune.datamodules.data_sets import DataName
 from microtune.modules.atomic_files import write_json
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.trials import TrialSettings
-from microtune.recipes.training.data_sets import DataName
 
 Numbers = Literal["fp32", "int8"]
 

@@ -33,7 +33,7 @@ from microtune.recipes.search.shared_folder import CLAIMS, open_shared_folder
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.student_interval import interval
 from microtune.recipes.studies.watched_files import watched
-from microtune.recipes.training.data_sets import data_module
+from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.memory_figures import KIB
 from microtune.recipes.training.run_folder import LoggerName, make_loggers, wandb_run
 from microtune.recipes.training.training import train

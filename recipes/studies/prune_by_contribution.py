@@ -30,7 +30,9 @@ import torch
 import wandb
 from torch import Tensor, nn
 
-from microtune.datamodules.kept_features import Split, TrunkFeatures
+from microtune.datamodules.contract import Split
+from microtune.datamodules.data_sets import DataName
+from microtune.datamodules.kept_features import TrunkFeatures
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.atomic_files import whole_file, write_json
 from microtune.modules.classifier import Classifier, learning_rate_factor
@@ -66,7 +68,7 @@ from microtune.recipes.studies.structured_pruning import (
     without_unit,
 )
 from microtune.recipes.training.command_line import check_at_least_one, listed, numbers, run
-from microtune.recipes.training.data_sets import DataName, data_module
+from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.networks import DescribedNetwork, describe_network, source_of_weights
 from microtune.recipes.training.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run
 from microtune.recipes.training.training import check_ranges, load_pretrained

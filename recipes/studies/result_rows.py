@@ -10,17 +10,19 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from microtune.datamodules.data_sets import DATA_SETS
 from microtune.modules.atomic_files import whole_file
 from microtune.modules.memory.microcontrollers import KIB, MICROCONTROLLERS
 from microtune.modules.numbered_lines import numbered_lines
 from microtune.modules.user_error import UserError
 
+# what the project measures, in the order of tables
 DATA = {
-    "cifar10": "CIFAR-10",
+    "cifar10": DATA_SETS["cifar10"].title,
     "flowers17": "Flowers-17",
-    "speech_commands": "Speech Commands",
+    "speech_commands": DATA_SETS["speech_commands"].title,
     "mswc_arabic": "MSWC Arabic",
-    "cifar100": "CIFAR-100",
+    "cifar100": DATA_SETS["cifar100"].title,
 }
 NUMBERS = ("fp32", "int8")
 METHODS = {
@@ -165,7 +167,8 @@ def title_of(data: str) -> str:
         title_of("cifar10")  # "CIFAR-10"
         title_of("my_birds")  # "my_birds"
     """
-    return DATA.get(data, data)
+    titles = {name: one.title for name, one in DATA_SETS.items()} | DATA
+    return titles.get(data, data)
 
 
 def data_sets_of(rows: Iterable[Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from microtune.datamodules.kept_features import Split
+from microtune.datamodules.contract import Split
 from microtune.modules.atomic_files import write_json
 from microtune.modules.search.trials import Choice
 from microtune.modules.sparse_update.update_scheme import UpdateScheme

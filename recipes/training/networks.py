@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from microtune.datamodules.images_in_memory import Normalization
+from microtune.datamodules.contract import Normalization
 from microtune.modules.int8.files import is_quantized_file, read_quantized_network
 from microtune.modules.int8.graph import INT8_SUFFIX, float_names
 from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
