@@ -3,7 +3,7 @@
 import csv
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -30,7 +30,7 @@ WANTED = {
 def read_rows(
     path: Path | str,
     row_type: type[Row],
-    check: Callable[[Row, Sequence[Row]], None] | None = None,
+    check: Callable[[Row, Mapping[int, Row]], None] | None = None,
     remedy: str = "",
 ) -> list[Row]:
     """Reads the rows of a CSV file that ``write_rows`` wrote, or one by hand; its columns may be in any order.
@@ -40,7 +40,7 @@ def read_rows(
         row_type: A dataclass whose fields are the columns. Their types say what a value may be, with pydantic's
             constraints in ``Annotated``; an empty value is None where ``None`` is allowed. A property ``key`` says
             what no two rows share.
-        check: Raises ``UserError`` if a row (first argument) does not go with those before it (second).
+        check: Called with each row and, by line, those before it; raises ``UserError`` if they do not go together.
         remedy: What else helps than to mend the line, for the end of an error.
 
     Raises:
@@ -99,13 +99,13 @@ def _columns(row_type: type) -> dict[str, Any]:
     return {field.name: types[field.name] for field in fields(row_type)}
 
 
-def _parse(text: str, row_type: type[Row], check: Callable[[Row, Sequence[Row]], None] | None) -> list[Row]:
+def _parse(text: str, row_type: type[Row], check: Callable[[Row, Mapping[int, Row]], None] | None) -> list[Row]:
     if "\0" in text:
         raise UserError("this is a binary file, not CSV")
     lines = _numbered_lines(text)
     columns = next(lines, (1, []))[1]
     _check_columns(columns, list(_columns(row_type)))
-    rows: list[Row] = []
+    rows: dict[int, Row] = {}
     line_of: dict[Any, int] = {}
     for line, values in lines:
         if len(values) != len(columns):
@@ -120,8 +120,8 @@ def _parse(text: str, row_type: type[Row], check: Callable[[Row, Sequence[Row]],
         if key in line_of:
             raise UserError(f"lines {line_of[key]} and {line} are both {', '.join(map(str, key))}: keep one")
         line_of[key] = line
-        rows.append(row)
-    return rows
+        rows[line] = row
+    return list(rows.values())
 
 
 def _numbered_lines(text: str) -> Iterator[tuple[int, list[str]]]:

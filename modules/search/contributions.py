@@ -225,8 +225,8 @@ def _rounded(ratio: float) -> float:
     return round(ratio, 9)  # a third is the same ratio with nine digits as with all
 
 
-def _check_base_depth(row: Contribution, others: Sequence[Contribution]) -> None:
-    first = next((other for other in others if other.kind == "weight"), row)
+def _check_base_depth(row: Contribution, others: Mapping[int, Contribution]) -> None:
+    first = next((other for other in others.values() if other.kind == "weight"), row)
     if row.kind == "weight" and row.bias_depth != first.bias_depth:
         raise UserError(
             f"the weight of {row.layer} was measured with base depth {row.bias_depth}, those before with "

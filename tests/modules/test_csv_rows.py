@@ -156,15 +156,16 @@ def test_files_that_are_not_there(tmp_path):
 
 def test_a_row_is_checked_beside_those_before_it(tmp_path):
     def same_method(row, others):
-        if any(other.method != row.method for other in others):
-            raise UserError(f"method is {row.method}, before it was {others[0].method}: give one")
+        for line, other in others.items():
+            if other.method != row.method:
+                raise UserError(f"method is {row.method}, in line {line} it is {other.method}: give one")
 
     path = tmp_path / "rows.csv"
     path.write_text(f"{HEADER}\n{LINE}\n{LINE.replace('a,', 'b,')}\n{LINE.replace('a,one', 'c,other')}\n")
     assert len(read_rows(path, Measurement)) == 3
     with pytest.raises(UserError) as error:
         read_rows(path, Measurement, same_method)
-    assert str(error.value) == f"{path}: line 4: method is other, before it was one: give one"
+    assert str(error.value) == f"{path}: line 4: method is other, in line 2 it is one: give one"
 
 
 def test_import_is_light():
