@@ -113,6 +113,7 @@ def main(
 
     data = words_to_learn(arguments)
     set_up(data)
+    earlier_data = earlier_words(plan.source) if forgetting and not run.evaluate_only else None
     described = describe_network(
         plan.source, data.input_shape, data.num_classes, network.width, network.head_convolution
     )
@@ -124,7 +125,6 @@ def main(
         class_names=data.class_names, input_shape=list(data.input_shape), **plan.hyperparameters,
     )  # fmt: skip
     load_pretrained(module, plan.source, data.input_shape, whole=run.evaluate_only)
-    earlier_data = earlier_words(plan.source) if forgetting and not run.evaluate_only else None
     if earlier_data is not None:
         earlier = earlier_classifier(module, plan.source, data.input_shape, earlier_data)
     if devices.compile:

@@ -1,27 +1,27 @@
 """The contribution table: how much accuracy each bias depth and each layer's update buys, as measured."""
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from microtune.modules.atomic_files import whole_file
+from pydantic import PlainSerializer, model_validator
+
+from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.networks.operations import Convolution
-from microtune.modules.numbered_lines import numbered_lines
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 
-COLUMNS = ("kind", "bias_depth", "layer", "ratio", "gain", "gain_std", "runs")
 GO_ON = "measure_contributions goes on where it stopped"
 
 
 @dataclass(frozen=True)
 class Contribution:
     """One measured gain, a row of the table (Lin et al. 2022, section 2.2).
+
+    In a file the ratio of a bias is empty, and the deviation of one run may be.
 
     Args:
         kind: ``"bias"``: what the last ``bias_depth`` biases gain over the classifier only; ``"weight"``: what the
@@ -44,14 +44,18 @@ class Contribution:
     kind: Literal["bias", "weight"]
     bias_depth: int
     layer: str
-    ratio: float
+    ratio: Annotated[float, PlainSerializer(lambda ratio: float(ratio) or "")]
     gain: float
     gain_std: float
     runs: int
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_empty(cls, values: dict[str, str]) -> dict[str, str]:
+        may_be_empty = {"ratio": values["kind"] == "bias", "gain_std": values["runs"] == "1"}
+        return values | {name: "0" for name, may_be in may_be_empty.items() if may_be and values[name] == ""}
+
     def __post_init__(self):
-        if self.kind not in ("bias", "weight"):
-            raise UserError(f"kind is {self.kind!r}: give bias or weight")
         if self.kind == "bias" and (self.layer != "" or self.ratio != 0):
             raise UserError(f"a bias row has layer {self.layer!r} and ratio {self.ratio!r}: leave both empty")
         if self.kind == "weight" and self.layer == "":
@@ -77,6 +81,11 @@ class Contribution:
     def standard_error(self) -> float:
         """Standard error of the gain: ``gain_std / sqrt(runs)``."""
         return self.gain_std / math.sqrt(self.runs)
+
+    @property
+    def key(self) -> tuple[str | int | float, ...]:
+        """What no other row has."""
+        return (self.kind, self.bias_depth) if self.kind == "bias" else (self.kind, self.layer, _rounded(self.ratio))
 
 
 @dataclass(frozen=True)
@@ -154,15 +163,7 @@ class ContributionTable:
 
     def save(self, path: Path | str) -> None:
         """Writes the table as CSV; ``load`` gives an equal one."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in self.rows:
-            ratio = "" if row.kind == "bias" else repr(float(row.ratio))
-            gains = repr(float(row.gain)), repr(float(row.gain_std))
-            writer.writerow((row.kind, row.bias_depth, row.layer, ratio, *gains, row.runs))
-        with whole_file(path) as partial:
-            partial.write_text(text.getvalue(), encoding="utf-8", newline="")
+        write_rows(path, self.rows, Contribution)
 
     @classmethod
     def load(cls, path: Path | str) -> "ContributionTable":
@@ -172,14 +173,9 @@ class ContributionTable:
             UserError: The file is missing, no contribution table, or one that is not finished; the message begins
                 with its path, and says the line where one line is wrong.
         """
+        rows = read_rows(path, Contribution, _check_base_depth)
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # a spreadsheet may begin it with a byte order mark
-            rows = _parse(text)
             _check_complete(rows)
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the contribution table: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: this is a binary file, not a contribution table in CSV") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         return cls(tuple(rows))
@@ -225,74 +221,12 @@ def _check_weight(row: Contribution, convolution: Convolution, depth: int) -> No
         )
 
 
-def _parse(text: str) -> list[Contribution]:
-    if "\0" in text:
-        raise UserError("this is a binary file, not a contribution table in CSV")
-    lines = numbered_lines(text)
-    columns = next(lines, (0, None))[1]
-    if columns is None:
-        raise UserError(f"the file is empty: a contribution table has the columns {','.join(COLUMNS)}")
-    _check_columns(columns)
-    rows, line_of = [], {}
-    for line, fields in lines:
-        if len(fields) != len(columns):
-            raise UserError(f"line {line} has {len(fields)} fields, not {len(columns)}, perhaps cut off: mend it")
-        try:
-            row = _contribution(dict(zip(columns, fields, strict=True)))
-            _check_against_others(row, rows, line_of)
-        except UserError as error:
-            raise UserError(f"line {line}: {error}") from error
-        line_of[_key(row)] = line
-        rows.append(row)
-    return rows
-
-
-def _check_columns(columns: list[str]) -> None:
-    expected = f"a contribution table has {','.join(COLUMNS)}"
-    if unknown := [column for column in columns if column not in COLUMNS]:
-        raise UserError(f"line 1: unknown column {unknown[0]!r:.80}: {expected}")
-    if missing := [column for column in COLUMNS if column not in columns]:
-        raise UserError(f"line 1: column {missing[0]!r} is missing: {expected}")
-    if doubled := [column for column in columns if columns.count(column) > 1]:
-        raise UserError(f"line 1: column {doubled[0]!r} stands there twice: {expected}")
-
-
-def _contribution(fields: dict[str, str]) -> Contribution:
-    kind, runs = fields["kind"], _integer("runs", fields["runs"])
-    # of a bias row an empty ratio is 0, of one run an empty deviation
-    ratio = 0.0 if kind != "weight" and fields["ratio"] == "" else _number("ratio", fields["ratio"])
-    deviation = 0.0 if runs == 1 and fields["gain_std"] == "" else _number("gain_std", fields["gain_std"])
-    depth, gain = _integer("bias_depth", fields["bias_depth"]), _number("gain", fields["gain"])
-    return Contribution(kind, depth, fields["layer"], ratio, gain, deviation, runs)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise UserError(f"{name} is {text!r:.80}: give a number") from error
-
-
-def _integer(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(f"{name} is {text!r:.80}: give a whole number") from error
-
-
-def _key(row: Contribution) -> tuple:
-    return (row.kind, row.bias_depth) if row.kind == "bias" else (row.kind, row.layer, _rounded(row.ratio))
-
-
 def _rounded(ratio: float) -> float:
     return round(ratio, 9)  # a third is the same ratio with nine digits as with all
 
 
-def _check_against_others(row: Contribution, others: Iterable[Contribution], line_of: dict[tuple, int]) -> None:
-    if _key(row) in line_of:
-        what = f"bias depth {row.bias_depth}" if row.kind == "bias" else f"ratio {row.ratio} of {row.layer}"
-        raise UserError(f"{what} is already in line {line_of[_key(row)]}: keep one")
-    first = next((other for other in others if other.kind == "weight"), row)
+def _check_base_depth(row: Contribution, others: Mapping[int, Contribution]) -> None:
+    first = next((other for other in others.values() if other.kind == "weight"), row)
     if row.kind == "weight" and row.bias_depth != first.bias_depth:
         raise UserError(
             f"the weight of {row.layer} was measured with base depth {row.bias_depth}, those before with "

@@ -1,19 +1,20 @@
 """The trials that a contribution table is made of: which there are, who makes them, and what gains they say."""
 
-import csv
-import io
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import matplotlib
 import matplotlib.pyplot as plt
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from microtune.modules.atomic_files import whole_file
+from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.networks.operations import Convolution
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.search.trials import TrialTraining
@@ -46,12 +47,12 @@ class Update:
 class Trial:
     """One short fine-tuning: a row of ``trials.csv``."""
 
-    kind: str
+    kind: Literal["bias", "weight"]
     bias_depth: int
     layer: str
     ratio: float
     seed: int
-    val_top1: float
+    val_top1: Annotated[float, Field(ge=0, le=1)]
 
     @property
     def update(self) -> Update:
@@ -140,35 +141,14 @@ def claim(out_dir: Path, first: Update, wait: bool) -> Iterator[bool]:
 def read_trials(out_dir: Path) -> list[Trial]:
     """The trials made so far, by all processes."""
     path = out_dir / "trials.csv"
-    if not path.exists():
-        return []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [
-                Trial(
-                    kind=row["kind"],
-                    bias_depth=int(row["bias_depth"]),
-                    layer=row["layer"],
-                    ratio=float(row["ratio"]),
-                    seed=int(row["seed"]),
-                    val_top1=float(row["val_top1"]),
-                )
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read, it was damaged: remove it to measure anew") from error
+    return read_rows(path, Trial, remedy=", or remove the file to measure anew") if path.exists() else []
 
 
 def write_trials(out_dir: Path, made: Sequence[Trial], updates: Sequence[Update], seeds: int) -> None:
     """Adds trials to ``trials.csv``, and writes the rows of ``contributions.csv`` that are complete by now."""
     with FileLock(out_dir / CLAIMS / "trials.lock"):
         known = list(dict.fromkeys([*read_trials(out_dir), *made]))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(Trial.__dataclass_fields__)
-        writer.writerows(astuple(trial) for trial in known)
-        with whole_file(out_dir / "trials.csv") as partial:
-            partial.write_text(text.getvalue(), encoding="utf-8")
+        write_rows(out_dir / "trials.csv", known, Trial)
         rows = contributions_of(known, updates, seeds)
         if rows:
             ContributionTable(tuple(rows)).save(out_dir / "contributions.csv")

@@ -18,6 +18,7 @@ import torch
 import wandb
 
 from microtune.modules.atomic_files import whole_file
+from microtune.modules.csv_rows import write_rows
 from microtune.modules.memory.training_memory import extra_memory_bytes
 from microtune.modules.search.trials import Choice
 from microtune.modules.sparse_update.channel_importance import Criterion
@@ -31,7 +32,7 @@ from microtune.recipes.studies.data_set_list import keep_sources, load_data_sets
 from microtune.recipes.studies.measure_results import SEED, budget_by_name, some_of
 from microtune.recipes.studies.paired_trainings import MAY_CHANGE, opened_folder
 from microtune.recipes.studies.result_pictures import draw_selection
-from microtune.recipes.studies.result_rows import SelectionResult, save_rows
+from microtune.recipes.studies.result_rows import SelectionResult
 from microtune.recipes.studies.result_tables import selection_section
 from microtune.recipes.studies.trial_grid import Cell, best_rates, result, train_until_none_diverges
 from microtune.recipes.training.command_line import check_at_least_one, listed, run
@@ -118,7 +119,7 @@ def main(
         group = ("data", "budget", "criterion", "rechoose_every")
         cells = train_until_none_diverges(cells, group, ("data", "budget"), workers, out_dir)
         rows = [row for cell in cells if (row := row_of(cell, out_dir)) is not None]
-        save_rows(out_dir / "channel_selection.csv", rows, SelectionResult)
+        write_rows(out_dir / "channel_selection.csv", rows, SelectionResult)
         drawn = [name for name in chosen if any(row.data == name for row in rows)]
         for name in drawn:
             draw_selection([row for row in rows if row.data == name], out_dir / f"channel_selection_{name}.png")

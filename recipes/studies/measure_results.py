@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import wandb
 
+from microtune.modules.csv_rows import write_rows
 from microtune.modules.memory.microcontrollers import microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import extra_memory_bytes
@@ -39,7 +40,7 @@ from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.compare_schemes import Judge, ruled
 from microtune.recipes.studies.data_set_list import DataSet, Numbers, keep_sources, load_data_sets
 from microtune.recipes.studies.paired_trainings import MAY_CHANGE, opened_folder, quiet
-from microtune.recipes.studies.result_rows import BUDGETS, METHODS, NUMBERS, Result, load_rows, save_rows
+from microtune.recipes.studies.result_rows import BUDGETS, METHODS, NUMBERS, Result, load_rows
 from microtune.recipes.studies.trial_grid import NOT_IN_KEY, Cell, best_rates, result, train_until_none_diverges
 from microtune.recipes.studies.watched_files import watched
 from microtune.recipes.training.command_line import check_at_least_one, listed, run
@@ -180,7 +181,7 @@ def main(
         rows = [row for cell in cells if (row := row_of(plan, cell)) is not None]
         kept = load_rows(out_dir / "results.csv", Result) if (out_dir / "results.csv").exists() else []
         of_key = {row.key: row for row in [*kept, *rows]}  # also those of other methods, measured before
-        save_rows(out_dir / "results.csv", of_key.values(), Result)
+        write_rows(out_dir / "results.csv", of_key.values(), Result)
         log_to_wandb(logger, out_dir, arguments)
     print(f"{len(rows)} of {len(cells)} trainings: {out_dir / 'results.csv'}; make_results.py makes tables of them")
     return rows

@@ -15,8 +15,6 @@ as it was before fine-tuning. It needs the package torch-pruning: ``uv sync --ex
 """
 
 import copy
-import csv
-import io
 import logging
 import math
 import statistics
@@ -34,8 +32,9 @@ from microtune.datamodules.contract import Split
 from microtune.datamodules.data_sets import DataName
 from microtune.datamodules.kept_features import TrunkFeatures
 from microtune.datamodules.progress import progress_bar
-from microtune.modules.atomic_files import whole_file, write_json
+from microtune.modules.atomic_files import write_json
 from microtune.modules.classifier import Classifier, learning_rate_factor
+from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.int8.files import is_quantized_file
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import flash_bytes, multiply_accumulates
@@ -54,6 +53,7 @@ from microtune.recipes.studies.pruning_report import (
     draw_prunings,
     draw_single_units,
     print_report,
+    single_unit_type,
     verdicts,
 )
 from microtune.recipes.studies.structured_pruning import (
@@ -77,6 +77,7 @@ log = logging.getLogger(__name__)
 
 CRITERIA = "contribution,magnitude,taylor,fisher,activation_norm,random"
 WARMUP_FRACTION = 0.1  # of the fine-tuning, as in the training recipes
+OR_ANEW = ", or remove the file to measure anew"
 LATENCY_PASSES, WARM_UP_PASSES = 100, 3  # the first are slower
 BATCH, BATCH_PASSES = 32, 10  # to see what is left of the gain where PyTorch's own work per layer weighs less
 
@@ -270,7 +271,8 @@ def prune_all(
 ) -> list[PrunedRow]:
     """Prunes, fine-tunes and tests what ``pruning.csv`` does not have yet; returns all its rows."""
     keys = keys_of(criteria, sparsities, seeds, fine_tuning.steps > 0)
-    rows = {row.key: row for row in read_rows(out_dir / "pruning.csv")}
+    path = out_dir / "pruning.csv"
+    rows = {row.key: row for row in read_rows(path, PrunedRow, remedy=OR_ANEW)} if path.exists() else {}
     missing = [key for key in keys if key not in rows]
     shape = prepared.described.input_shape
     with progress_bar() as progress:
@@ -290,7 +292,7 @@ def prune_all(
             if fine_tuned:
                 fine_tune(network, prepared.samples, fine_tuning, seed)
             rows[key] = measured(network, prepared, key)
-            write_rows(out_dir / "pruning.csv", [rows[one] for one in keys if one in rows])
+            write_rows(path, [rows[one] for one in keys if one in rows], PrunedRow)
             progress.update(bar, advance=1)
             if progress.disable and number % 10 == 0:
                 log.info("%d of %d pruned networks", len(keys) - len(missing) + number, len(keys))
@@ -410,13 +412,14 @@ def removed_alone(
         samples: How many of the validation split; None for all.
         out_dir: Folder of the results.
     """
-    path = out_dir / "single_units.csv"
+    path, unit_type = out_dir / "single_units.csv", single_unit_type(*criteria)
     if count == 0:
         return []
     if not path.exists():
         scores = {criterion: prepared.scores(criterion, 0) for criterion in criteria}
-        write_units(path, criteria, measure_alone(prepared, chosen_units(prepared.groups, count, 0), samples, scores))
-    return read_units(path, criteria)
+        units = measure_alone(prepared, chosen_units(prepared.groups, count, 0), samples, scores)
+        write_rows(path, units, unit_type)
+    return read_rows(path, unit_type, remedy=OR_ANEW)
 
 
 def chosen_units(groups: Sequence[ChannelGroup], count: int, seed: int) -> list[tuple[ChannelGroup, int]]:
@@ -441,7 +444,7 @@ def measure_alone(
     scores: dict[str, dict[str, Tensor]],
 ) -> list[SingleUnit]:
     """What removing each unit alone costs; what lies before the layers that read it is computed once for all."""
-    operations = prepared.described.operations
+    operations, unit_type = prepared.described.operations, single_unit_type(*scores)
     places = {convolution.name: place for place, convolution in enumerate(operations.convolutions)}
     depths = {
         group.name: len(places) - min(places.get(layer, len(places)) for layer in group.readers)
@@ -461,7 +464,7 @@ def measure_alone(
                     loss, top1 = loss_and_top1(rest, batches)
                 of_unit = {name: float(of_groups[group.name][channel]) for name, of_groups in scores.items()}
                 measured_units.append(
-                    SingleUnit(group.name, group.kind, channel, loss - loss_before, top1_before - top1, of_unit)
+                    unit_type(group.name, group.kind, channel, loss - loss_before, top1_before - top1, **of_unit)
                 )
                 progress.update(bar, advance=1)
     return measured_units
@@ -480,69 +483,6 @@ def validation_features(
         if chosen:
             batches.append((features_of(trunk, inputs[chosen]), labels[chosen]))
     return batches
-
-
-def write_units(path: Path, criteria: Sequence[str], units: Sequence[SingleUnit]) -> None:
-    """Writes ``single_units.csv``, with a column for each criterion's score."""
-    columns = ["group", "kind", "channel", "loss_increase", "accuracy_lost"]
-    write_csv(path, [*columns, *criteria], [
-        [*(getattr(unit, name) for name in columns), *(unit.scores[name] for name in criteria)] for unit in units
-    ])  # fmt: skip
-
-
-def read_units(path: Path, criteria: Sequence[str]) -> list[SingleUnit]:
-    """Reads ``single_units.csv``; raises ``UserError`` if it was damaged."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [
-                SingleUnit(
-                    row["group"],
-                    row["kind"],
-                    int(row["channel"]),
-                    float(row["loss_increase"]),
-                    float(row["accuracy_lost"]),
-                    {name: float(row[name]) for name in criteria},
-                )
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read, it was damaged: remove it to measure anew") from error
-
-
-def read_rows(path: Path) -> list[PrunedRow]:
-    """The rows of ``pruning.csv``, if it is there; raises ``UserError`` if it was damaged."""
-    if not path.exists():
-        return []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = []
-            for row in csv.DictReader(file):
-                values: dict[str, Any] = {"criterion": row["criterion"]}
-                values |= {name: int(row[name]) for name in INTEGERS}
-                values |= {name: float(row[name]) for name in NUMBERS}
-                rows.append(PrunedRow(fine_tuned={"True": True, "False": False}[row["fine_tuned"]], **values))
-            return rows
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read, it was damaged: remove it to measure anew") from error
-
-
-INTEGERS = ("seed", "multiply_accumulates", "parameters", "flash_bytes", "peak_bytes")
-NUMBERS = ("sparsity", "top1", "val_top1", "latency_ms", "latency_ratio", "batch_latency_ratio")
-
-
-def write_rows(path: Path, rows: Sequence[PrunedRow]) -> None:
-    """Writes ``pruning.csv``."""
-    write_csv(path, list(PrunedRow.__dataclass_fields__), [list(astuple(row)) for row in rows])
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    with whole_file(path) as partial:
-        partial.write_text(text.getvalue(), encoding="utf-8")
 
 
 def log_to_wandb(

@@ -1,9 +1,10 @@
 """What prunings by several criteria show: rank correlations, pictures, tables and a verdict by stated rules."""
 
+import functools
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class PrunedRow:
 
 @dataclass(frozen=True)
 class SingleUnit:
-    """One unit that was removed alone: a row of ``single_units.csv``.
+    """One unit that was removed alone: a row of ``single_units.csv``, with the scores of ``single_unit_type``.
 
     Args:
         group: Name of its group.
@@ -75,7 +76,6 @@ class SingleUnit:
         channel: Its number.
         loss_increase: Of the mean loss on the validation split.
         accuracy_lost: Of the top-1 on it.
-        scores: By criterion.
     """
 
     group: str
@@ -83,7 +83,12 @@ class SingleUnit:
     channel: int
     loss_increase: float
     accuracy_lost: float
-    scores: dict[str, float]
+
+
+@functools.cache
+def single_unit_type(*criteria: str) -> type[SingleUnit]:
+    """``SingleUnit`` with one more field for each criterion: the unit's score by it."""
+    return make_dataclass("SingleUnit", [(name, float) for name in criteria], bases=(SingleUnit,), frozen=True)
 
 
 def correlations(units: Sequence[SingleUnit], criteria: Sequence[str]) -> list[dict[str, Any]]:
@@ -106,7 +111,7 @@ def correlations(units: Sequence[SingleUnit], criteria: Sequence[str]) -> list[d
         for target in TARGETS:
             truth = _ranks(np.array([getattr(unit, target) for unit in chosen])[rows])
             rhos = {
-                name: _pearson(_ranks(np.array([unit.scores[name] for unit in chosen])[rows]), truth)
+                name: _pearson(_ranks(np.array([getattr(unit, name) for unit in chosen])[rows]), truth)
                 for name in criteria
             }
             for name in criteria:
@@ -287,10 +292,10 @@ def draw_single_units(units: Sequence[SingleUnit], report: dict[str, Any], path:
     around_zero = max(float(np.median([abs(unit.loss_increase) for unit in units])), 1e-9)
     for axes, name in zip(panels.flat, criteria, strict=False):
         # dead units, whose scores are next to nothing, are drawn at the left edge
-        least = float(np.percentile([unit.scores[name] for unit in units], 3)) / 3
+        least = float(np.percentile([getattr(unit, name) for unit in units], 3)) / 3
         for kind, color, marker in (("expanded", "tab:blue", "."), ("residual_stream", "tab:red", "x")):
             own = [unit for unit in units if unit.kind == kind]
-            x, y = [max(unit.scores[name], least) for unit in own], [unit.loss_increase for unit in own]
+            x, y = [max(getattr(unit, name), least) for unit in own], [unit.loss_increase for unit in own]
             axes.scatter(x, y, s=18, color=color, marker=marker, linewidths=0.8, label=kind.replace("_", " "))
         if name != "random":
             axes.set_xscale("log")

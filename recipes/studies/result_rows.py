@@ -1,19 +1,15 @@
 """Measured accuracies as rows of CSV, one training each: what tables and pictures of results are made from."""
 
-import csv
-import io
 import math
 import re
-import types
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from microtune.datamodules.data_sets import DATA_SETS
-from microtune.modules.atomic_files import whole_file
+from microtune.modules.csv_rows import read_rows
 from microtune.modules.memory.microcontrollers import KIB, MICROCONTROLLERS
-from microtune.modules.numbered_lines import numbered_lines
 from microtune.modules.user_error import UserError
 
 # what the project measures, in the order of tables
@@ -199,7 +195,7 @@ def sorted_budgets(budgets: Iterable[str]) -> list[str]:
 
 
 def load_rows(path: Path | str, row_type: type[Row]) -> list[Row]:
-    """Reads the rows of a CSV file that ``save_rows`` wrote, or one by hand.
+    """Reads the rows of a CSV file that ``write_rows`` wrote, or one by hand.
 
     Args:
         path: The file.
@@ -213,78 +209,7 @@ def load_rows(path: Path | str, row_type: type[Row]) -> list[Row]:
 
         load_rows("recipes/results/results.csv", Result)
     """
-    try:
-        return _parse(Path(path).read_text(encoding="utf-8-sig"), row_type)  # a spreadsheet may begin it with a mark
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the results: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: this is a binary file, not results in CSV") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def save_rows(path: Path | str, rows: Iterable[Result] | Iterable[SelectionResult], row_type: type) -> None:
-    """Writes rows as CSV; ``load_rows`` gives equal ones.
-
-    Args:
-        path: The file.
-        rows: All of ``row_type``; may be none.
-        row_type: ``Result`` or ``SelectionResult``.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_columns(row_type))
-    writer.writerows(astuple(row) for row in rows)
-    with whole_file(path) as partial:
-        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
-
-
-def _columns(row_type: type) -> list[str]:
-    return [field.name for field in fields(row_type)]
-
-
-def _parse(text: str, row_type: type) -> list[Any]:
-    if "\0" in text:
-        raise UserError("this is a binary file, not results in CSV")
-    columns, lines = _columns(row_type), numbered_lines(text)
-    _check_columns(next(lines, (1, []))[1], columns)
-    rows, line_of = [], {}
-    for line, texts in lines:
-        if len(texts) != len(columns):
-            raise UserError(f"line {line} has {len(texts)} fields, not {len(columns)}, perhaps cut off: mend it")
-        try:
-            converted = {f.name: _value(f.name, f.type, one) for f, one in zip(fields(row_type), texts, strict=True)}
-            row = row_type(**converted)
-        except UserError as error:
-            raise UserError(f"line {line}: {error}") from error
-        if row.key in line_of:
-            raise UserError(f"lines {line_of[row.key]} and {line} are both {', '.join(map(str, row.key))}: keep one")
-        line_of[row.key] = line
-        rows.append(row)
-    _check_equal_steps(rows, line_of)
-    return rows
-
-
-def _check_columns(found: list[str], expected: list[str]) -> None:
-    are = f"the columns are {','.join(expected)}"
-    for place, (one, other) in enumerate(zip(found, expected, strict=False), 1):
-        if one != other:
-            raise UserError(f"line 1: column {place} is {one!r:.80} in place of {other}: {are}")
-    if len(found) < len(expected):
-        raise UserError(f"line 1: column {len(found) + 1}, {expected[len(found)]}, is missing: {are}")
-    if len(found) > len(expected):
-        raise UserError(f"line 1: column {len(expected) + 1}, {found[len(expected)]!r:.80}, is one too many: {are}")
-
-
-def _value(name: str, kind: Any, text: str) -> Any:
-    if isinstance(kind, types.UnionType):
-        if text == "":
-            return None
-        kind = get_args(kind)[0]
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise UserError(f"{name} is {text!r:.80}: give a {'whole ' if kind is int else ''}number") from error
+    return read_rows(path, row_type, _check_equal_steps)
 
 
 def _check_name(data: str) -> None:
@@ -324,13 +249,10 @@ def _check_memory(budget: str, extra_memory_bytes: float, peak_memory_bytes: flo
         )
 
 
-def _check_equal_steps(rows: list[Any], line_of: dict[tuple, int]) -> None:
-    first: dict[str, Any] = {}
-    for row in rows:
-        other = first.setdefault(row.data, row)
-        if (row.steps, row.batch_size) != (other.steps, other.batch_size):
+def _check_equal_steps(row: Any, others: Mapping[int, Any]) -> None:
+    for line, other in others.items():
+        if row.data == other.data and (row.steps, row.batch_size) != (other.steps, other.batch_size):
             raise UserError(
-                f"line {line_of[row.key]}: {row.data} was trained for {row.steps} steps of {row.batch_size} samples, "
-                f"in line {line_of[other.key]} for {other.steps} of {other.batch_size}: give every method the same "
-                "budget of steps"
+                f"{row.data} was trained for {row.steps} steps of {row.batch_size} samples, in line {line} for "
+                f"{other.steps} of {other.batch_size}: give every method the same budget of steps"
             )

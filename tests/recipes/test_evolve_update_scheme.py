@@ -822,7 +822,7 @@ GRADIENT_MISTAKES = {
     "unknown level": (("--level", "channel"), "level is .*channel.*: give one of 'sub_tensor', 'layer'"),
     "depth of a table": (("--base_depth", 9), "base_depth is 9, but a table brings its own: leave it out, or --con"),
     "samples of a table": (("--choice_samples", 9), "choice_samples is 9, but a table brings its own: leave it out"),
-    "a file of that name": (("--contributions", "./gradient"), "gradient: cannot read the contribution table: No such"),
+    "a file of that name": (("--contributions", "./gradient"), "gradient: the file cannot be read: No such"),
     "too small": ((*WITH_GRADIENT, "--budget_kib", 0.01), "budget_bytes is 10 of extra memory, but the smallest sch"),
 }  # fmt: skip
 
@@ -954,7 +954,7 @@ def test_offline_run_of_a_computed_scheme(command, offline_run, by_gradient, mon
 
 
 MISTAKES = {
-    "missing table": (("--contributions", "nowhere.csv"), r"nowhere\.csv: cannot read the contribution table: No such"),
+    "missing table": (("--contributions", "nowhere.csv"), r"nowhere\.csv: the file cannot be read: No such"),
     "no extra memory without budget": (("--budget_kib", "null"), "give --budget_kib, or --memory peak"),
     "two budgets": (("--mcu", "stm32f746"), "a microcontroller and budget_kib are two budgets: give one of them"),
     "budget 0": (("--budget_kib", 0), r"budget_kib is 0\.0: give a positive number of kibibytes"),

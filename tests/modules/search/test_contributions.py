@@ -181,9 +181,6 @@ ROW_ERRORS = [
     ("bias,3,,,0.02,0.001,0", "runs is 0: give 1 or more"),
     ("bias,3,,,0.02,0.001,", "runs is '': give a whole number"),
     ("bias,3,,,0.02,0.001,1.5", "runs is '1.5': give a whole number"),
-    ("bias,1,,,0.02,0.001,3", "bias depth 1 is already in line 2: keep one"),
-    ("weight,2,1,0.5,0.02,0.001,3", "ratio 0.5 of 1 is already in line 4: keep one"),
-    ("weight,2,1,0.5000000001,0.02,0.001,3", "ratio 0.5000000001 of 1 is already in line 4: keep one"),
     (
         "weight,1,2,0.25,0.02,0.001,3",
         "the weight of 2 was measured with base depth 1, those before with 2: "
@@ -200,17 +197,31 @@ def test_wrong_rows_are_named_with_their_line(tmp_path, row, message):
     assert "\n" not in str(error.value)
 
 
+DOUBLED = {
+    "bias,1,,,0.02,0.001,3": "lines 2 and 8 are both bias, 1",
+    "weight,2,1,0.5,0.02,0.001,3": "lines 4 and 8 are both weight, 1, 0.5",
+    "weight,2,1,0.5000000001,0.02,0.001,3": "lines 4 and 8 are both weight, 1, 0.5",
+}
+
+
+@pytest.mark.parametrize("row", DOUBLED)
+def test_an_update_is_measured_in_one_line(tmp_path, row):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, [*LINES, row])
+    assert str(error.value) == f"{tmp_path / 'contributions.csv'}: {DOUBLED[row]}: keep one"
+
+
 def test_a_layer_called_bias_is_no_bias(tmp_path):
     assert len(load(tmp_path, [HEADER, "bias,1,,,0.02,0.001,3", "weight,1,bias,1.0,0.02,0.001,3"]).rows) == 2
 
 
-COMMON = "a contribution table has kind,bias_depth,layer,ratio,gain,gain_std,runs"
+COMMON = "the columns are kind,bias_depth,layer,ratio,gain,gain_std,runs"
 NOT_FINISHED = "the measurement is not finished, measure_contributions goes on where it stopped"
 FILE_ERRORS = {
-    "empty": (b"", "the file is empty: a contribution table has the columns kind,bias_depth,"),
-    "blank": (b"\n\n", "the file is empty: a contribution table has the columns kind,bias_depth,"),
-    "binary": (bytes(range(256)), "this is a binary file, not a contribution table in CSV"),
-    "zeros": (bytes(100), "this is a binary file, not a contribution table in CSV"),
+    "empty": (b"", f"the file is empty: {COMMON}"),
+    "blank": (b"\n\n", f"the file is empty: {COMMON}"),
+    "binary": (bytes(range(256)), "this is a binary file, not CSV"),
+    "zeros": (bytes(100), "this is a binary file, not CSV"),
     "other": (b"accuracy,step\n", f"line 1: unknown column 'accuracy': {COMMON}"),
     "semicolons": (HEADER.replace(",", ";").encode(), "line 1: unknown column 'kind;bias_depth;layer;"),
     "missing_column": (HEADER.replace(",runs", "").encode(), f"line 1: column 'runs' is missing: {COMMON}"),
@@ -242,10 +253,10 @@ def test_files_that_are_no_table(tmp_path, name):
 
 
 def test_missing_file_and_folder(tmp_path):
-    expected = f"{tmp_path / 'missing.csv'}: cannot read the contribution table: No such file or directory"
+    expected = f"{tmp_path / 'missing.csv'}: the file cannot be read: No such file or directory"
     with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
         ContributionTable.load(tmp_path / "missing.csv")
-    with pytest.raises(UserError, match="cannot read the contribution table: Is a directory"):
+    with pytest.raises(UserError, match="the file cannot be read: Is a directory"):
         ContributionTable.load(tmp_path)
 
 

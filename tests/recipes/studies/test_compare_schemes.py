@@ -542,7 +542,7 @@ MISTAKES = {
     "processes 0": (("--processes", 0), "processes is 0: give 1 or more"),
     "batch_size 0": (("--batch_size", 0), "batch_size is 0: give 1 or more"),
     "batch_1 twice": (("--batch_1", "true", "--batch_size", 1), "batch_size is 1 already: leave --batch_1 out"),
-    "missing table": (("--contributions", "nowhere.csv"), r"nowhere\.csv: cannot read the contribution table: No such"),
+    "missing table": (("--contributions", "nowhere.csv"), r"nowhere\.csv: the file cannot be read: No such"),
     "scheme of another network": (("--width", 0.5), "the scheme is for mobilenet_v2-w0.35, but the network is mob"),
     "unknown data option": (("--data_options", '{"task": "words10"}'), "cifar10 has no option 'task': give one of"),
 }  # fmt: skip

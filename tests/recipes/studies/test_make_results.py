@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from microtune.modules.csv_rows import write_rows
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.studies.make_results import (
@@ -19,7 +20,7 @@ from microtune.recipes.studies.make_results import (
     scheme_files,
     with_tables,
 )
-from microtune.recipes.studies.result_rows import Result, SelectionResult, load_rows, save_rows
+from microtune.recipes.studies.result_rows import Result, SelectionResult, load_rows
 
 ROOT = Path(__file__).parents[3]
 BASE = Result(
@@ -33,8 +34,8 @@ NAME = "cifar10-extra64-sub_tensor"
 @pytest.fixture
 def files(tmp_path):
     """Two CSV files with a row each, a scheme where it is looked for, and a README."""
-    save_rows(tmp_path / "results.csv", [BASE], Result)
-    save_rows(tmp_path / "selection.csv", [CHOSEN], SelectionResult)
+    write_rows(tmp_path / "results.csv", [BASE], Result)
+    write_rows(tmp_path / "selection.csv", [CHOSEN], SelectionResult)
     SCHEME.save(tmp_path / f"out/schemes/{NAME}.json")
     (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}\nold tables\n{END}\n\nThe end")
     return tmp_path
@@ -78,7 +79,7 @@ def test_no_row_is_missing(files, command, monkeypatch):
 
 def test_selection_tells_what_is_missing(files, command):
     rows = [CHOSEN, replace(CHOSEN, seed=1), replace(CHOSEN, criterion="fisher")]
-    save_rows(files / "selection.csv", rows, SelectionResult)
+    write_rows(files / "selection.csv", rows, SelectionResult)
     ended = command(
         *("make_results", "--results", files / "results.csv", "--out_dir", files / "out"),
         *("--selection", files / "selection.csv"),
@@ -96,16 +97,19 @@ def test_schemes_of_the_command_line_take_the_place_of_the_folder(files, command
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--results", "nowhere.csv"], "nowhere.csv: cannot read the results: No such file or directory"),
+        (["--results", "nowhere.csv"], "nowhere.csv: the file cannot be read: No such file or directory"),
         (["--results", "empty.csv"], "empty.csv has no rows: give the results of at least one training"),
-        (["--selection", "results.csv"], "results.csv: line 1: column 2 is 'numbers' in place of criterion"),
+        (
+            ["--selection", "results.csv"],
+            "results.csv: line 1: unknown column 'numbers': the columns are data",
+        ),
         (["--schemes", f"{NAME}=nowhere.json"], "nowhere.json: cannot read the update scheme"),
         (["--readme", "results.csv"], f"results.csv has the line {BEGIN} 0 times"),
     ],
 )
 def test_mistakes_leave_everything_as_it_was(words, error, files, command, monkeypatch):
     monkeypatch.chdir(files)
-    save_rows("empty.csv", [], Result)
+    write_rows("empty.csv", [], Result)
     before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
     arguments = {"--results": "results.csv", "--out_dir": "out", "--readme": "README.md"} | {words[0]: words[1]}
     ended = command("make_results", *(word for pair in arguments.items() for word in pair))

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,24 +14,34 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from microtune.datamodules.digits import Digits
+from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
 from microtune.modules.networks.mobilenet_v2 import build_network, mobilenet_v2
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.user_error import UserError
 from microtune.recipes.studies import prune_by_contribution as recipe
-from microtune.recipes.studies.prune_by_contribution import chosen_units, keys_of, latency, validation_features
+from microtune.recipes.studies.prune_by_contribution import (
+    FineTuning,
+    chosen_units,
+    keys_of,
+    latency,
+    prune_all,
+    removed_alone,
+    validation_features,
+)
 from microtune.recipes.studies.pruning_report import (
     UNPRUNED,
     PrunedRow,
-    SingleUnit,
     correlations,
     curves,
+    single_unit_type,
     verdicts,
 )
 from microtune.recipes.studies.structured_pruning import ChannelGroup, find_groups, remove_units
 from microtune.recipes.training.data_sets import CLASSES
 
+COMMITTED = Path(recipe.__file__).parents[1] / "results/pruning"
 SHAPE = (1, 16, 16)
 DESCRIBED = {"width": 0.1, "num_classes": 10, "in_channels": 1, "folded": True, "padding": "symmetric"}
 CRITERIA = ["contribution", "magnitude", "random"]
@@ -126,7 +137,7 @@ def top1_of(network, split):
 
 
 def test_every_network_has_its_row(finished):
-    rows = recipe.read_rows(finished[0] / "pruning.csv")
+    rows = read_rows(finished[0] / "pruning.csv", PrunedRow)
     keys = [row.key for row in rows]
     pairs = [(criterion, sparsity) for criterion in CRITERIA for sparsity in (0.1, 0.3)]
     once = {(UNPRUNED, 0.0, 0, False)} | {(*pair, 0, False) for pair in pairs} | {("random", 0.1, 1, False)}
@@ -139,7 +150,7 @@ def test_every_network_has_its_row(finished):
 
 
 def test_the_unpruned_network_is_the_one_that_was_given(finished, network):
-    row = recipe.read_rows(finished[0] / "pruning.csv")[0]
+    row = read_rows(finished[0] / "pruning.csv", PrunedRow)[0]
     assert row.key == (UNPRUNED, 0.0, 0, False)
     assert (row.top1, row.val_top1) == (top1_of(network, "test"), top1_of(network, "val"))
     assert row.top1 > 0.5
@@ -155,7 +166,7 @@ def test_the_unpruned_network_is_the_one_that_was_given(finished, network):
 
 def test_pruned_networks_are_smaller_and_can_be_made_again(finished, network):
     folder, _ = finished
-    unpruned, *rows = recipe.read_rows(folder / "pruning.csv")
+    unpruned, *rows = read_rows(folder / "pruning.csv", PrunedRow)
     assert len(list((folder / "removed").iterdir())) == 2 * 2 + 2 * 2
     for row in rows:
         if row.criterion == UNPRUNED:
@@ -173,7 +184,7 @@ def test_pruned_networks_are_smaller_and_can_be_made_again(finished, network):
 
 
 def test_fine_tuning_changes_what_it_should(finished):
-    rows = {row.key: row for row in recipe.read_rows(finished[0] / "pruning.csv")}
+    rows = {row.key: row for row in read_rows(finished[0] / "pruning.csv", PrunedRow)}
     for criterion in ("contribution", "magnitude"):
         before, after = rows[criterion, 0.1, 0, False], rows[criterion, 0.1, 0, True]
         assert before.multiply_accumulates == after.multiply_accumulates
@@ -183,7 +194,7 @@ def test_fine_tuning_changes_what_it_should(finished):
 
 
 def test_single_units_are_measured_as_if_removed(finished, network):
-    units = recipe.read_units(finished[0] / "single_units.csv", CRITERIA)
+    units = read_rows(finished[0] / "single_units.csv", single_unit_type(*CRITERIA))
     groups = find_groups(network, SHAPE)
     assert len({(unit.group, unit.channel) for unit in units}) == len(units) == UNITS
     per_group = [sum(unit.group == group.name for unit in units) for group in groups]
@@ -198,17 +209,17 @@ def test_single_units_are_measured_as_if_removed(finished, network):
 def test_the_report_holds_what_the_files_say(finished):
     folder, report = finished
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
-    units = recipe.read_units(folder / "single_units.csv", CRITERIA)
+    units = read_rows(folder / "single_units.csv", single_unit_type(*CRITERIA))
     entries = {(one["criterion"], one["target"], one["kind"]): one for one in report["correlations"]}
     assert len(entries) == len(report["correlations"]) == 3 * 2 * 3
     for (criterion, target, kind), entry in entries.items():
         chosen = [unit for unit in units if kind in ("all", unit.kind)]
-        rho = spearmanr([unit.scores[criterion] for unit in chosen], [getattr(unit, target) for unit in chosen])
+        rho = spearmanr([getattr(unit, criterion) for unit in chosen], [getattr(unit, target) for unit in chosen])
         assert entry["rho"] == pytest.approx(rho.statistic, abs=1e-12)
         low, high = entry["interval"]
         assert low < entry["rho"] < high
         assert ("difference" in entry) == (criterion != "contribution")
-    rows = recipe.read_rows(folder / "pruning.csv")
+    rows = read_rows(folder / "pruning.csv", PrunedRow)
     tuned = {row.key: row.top1 for row in rows}
     (entry,) = [
         one
@@ -240,7 +251,7 @@ def test_what_is_there_is_not_done_again(finished, arguments, tmp_path, monkeypa
     monkeypatch.setattr(recipe, "measured", lambda *given: done.append(given[2]) or measured(*given))
     monkeypatch.setattr(recipe, "measure_alone", lambda *_: pytest.fail("the units were measured again"))
     again = recipe.main(**arguments, out_dir=tmp_path)
-    keys = [row.key for row in recipe.read_rows(folder / "pruning.csv")]
+    keys = [row.key for row in read_rows(folder / "pruning.csv", PrunedRow)]
     assert done == [keys[number - 1] for number in missing]
     latencies = {"latency_ms", "latency_ratio", "batch_latency_ratio"}
     for row, other in zip(rows_of(folder / "pruning.csv"), rows_of(tmp_path / "pruning.csv"), strict=True):
@@ -259,7 +270,7 @@ def test_without_fine_tuning_and_single_units(arguments, offline_run, monkeypatc
     few |= {"channel_multiple": 8, "logger": "wandb"}
     report = recipe.main(**arguments | few, out_dir=tmp_path / "out")
     assert report["correlations"] == report["verdict"] == []
-    assert [row.key for row in recipe.read_rows(tmp_path / "out/pruning.csv")] == [
+    assert [row.key for row in read_rows(tmp_path / "out/pruning.csv", PrunedRow)] == [
         (UNPRUNED, 0.0, 0, False),
         ("fisher", 0.2, 0, False),
     ]
@@ -310,7 +321,10 @@ def test_mistakes_are_told_in_one_line(arguments, tmp_path, mistake):
     assert not (tmp_path / "out").exists()
 
 
-READERS = {"pruning.csv": recipe.read_rows, "single_units.csv": lambda path: recipe.read_units(path, CRITERIA)}
+READERS = {
+    "pruning.csv": lambda folder: prune_all(None, CRITERIA, [0.1], 1, 1, FineTuning(0, 1, 0.1), folder),
+    "single_units.csv": lambda folder: removed_alone(None, CRITERIA, UNITS, None, folder),
+}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -318,8 +332,17 @@ READERS = {"pruning.csv": recipe.read_rows, "single_units.csv": lambda path: rec
 def test_damaged_tables_are_told(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(f"{path} cannot be read, it was damaged: remove it to measure anew")):
-        READERS[name](path)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: .*, or remove the file to measure anew$"):
+        READERS[name](tmp_path)
+
+
+@pytest.mark.parametrize("data", ["cifar10", "speech_commands"])
+def test_committed_tables_are_what_the_recipe_writes(tmp_path, data):
+    criteria = recipe.CRITERIA.split(",")
+    for name, row_type in {f"{data}.csv": PrunedRow, f"{data}_single_units.csv": single_unit_type(*criteria)}.items():
+        committed = COMMITTED / name
+        write_rows(tmp_path / name, read_rows(committed, row_type), row_type)
+        assert (tmp_path / name).read_bytes() == committed.read_bytes()
 
 
 def test_data_without_a_validation_split_are_refused(arguments, tmp_path, monkeypatch):
@@ -374,10 +397,9 @@ def test_latency_of_more_work_is_longer():
 
 def made_up(scores_of, kind="expanded"):
     """Thirty units whose loss increases with their number, and scores by the number."""
+    unit_type = single_unit_type(*scores_of)
     return [
-        SingleUnit(
-            "a", kind, number, 0.1 * number, 0.01 * (number // 2), {name: f(number) for name, f in scores_of.items()}
-        )
+        unit_type("a", kind, number, 0.1 * number, 0.01 * (number // 2), *(f(number) for f in scores_of.values()))
         for number in range(30)
     ]
 

@@ -3,13 +3,16 @@
 import csv
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from microtune.modules.csv_rows import write_rows
 from microtune.modules.memory.microcontrollers import KIB, MICROCONTROLLERS
 from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.user_error import UserError
+from microtune.recipes.studies import result_rows
 from microtune.recipes.studies.result_rows import (
     BUDGETS,
     CRITERIA,
@@ -17,7 +20,6 @@ from microtune.recipes.studies.result_rows import (
     SelectionResult,
     budget_name,
     load_rows,
-    save_rows,
     sorted_budgets,
 )
 
@@ -74,27 +76,34 @@ def test_no_rows(file):
 @pytest.mark.parametrize("row", [RESULT, CHOSEN])
 def test_rows_are_read_as_they_were_saved(row, tmp_path):
     rows = [row, replace(row, seed=1, top1=1 / 3, val_top1=0.1 + 0.2), replace(row, seed=2, val_top1=None)]
-    save_rows(tmp_path / "rows.csv", rows, type(row))
+    write_rows(tmp_path / "rows.csv", rows, type(row))
     assert load_rows(tmp_path / "rows.csv", type(row)) == rows
     with (tmp_path / "rows.csv").open() as opened:
         assert next(csv.reader(opened)) == list(row.__dataclass_fields__)
 
 
+@pytest.mark.parametrize(("name", "row_type"), [("results.csv", Result), ("channel_selection.csv", SelectionResult)])
+def test_committed_rows_survive(name, row_type, tmp_path):
+    rows = load_rows(Path(result_rows.__file__).parents[1] / "results" / name, row_type)
+    write_rows(tmp_path / name, rows, row_type)
+    assert load_rows(tmp_path / name, row_type) == rows
+
+
 def test_columns_are_those_promised(tmp_path):
-    save_rows(tmp_path / "rows.csv", [], Result)
+    write_rows(tmp_path / "rows.csv", [], Result)
     assert (tmp_path / "rows.csv").read_text() == f"{HEADER}\n"
 
 
 @pytest.mark.parametrize(
     ("lines", "error"),
     [
-        ([], "line 1: column 1, data, is missing: the columns are data,numbers"),
+        ([], "the file is empty: the columns are data,numbers"),
         (
             [HEADER.replace("method", "mehtod"), LINE],
-            "line 1: column 3 is 'mehtod' in place of method: the columns are",
+            "line 1: unknown column 'mehtod': the columns are",
         ),
-        ([HEADER.removesuffix(",train_seconds")], "line 1: column 17, train_seconds, is missing: the columns are data"),
-        ([f"{HEADER},notes"], "line 1: column 18, 'notes', is one too many: the columns are data"),
+        ([HEADER.removesuffix(",train_seconds")], "line 1: column 'train_seconds' is missing: the columns are data"),
+        ([f"{HEADER},notes"], "line 1: unknown column 'notes': the columns are data"),
         ([HEADER, LINE.removesuffix(",71.5")], "line 2 has 16 fields, not 17, perhaps cut off: mend it"),
         ([HEADER, changed(data="a b")], "line 2: data is 'a b': give a name of letters, digits and underscores"),
         ([HEADER, changed(numbers="fp16")], "line 2: numbers is 'fp16': give fp32 or int8"),
@@ -135,7 +144,7 @@ def test_columns_are_those_promised(tmp_path):
         ),
         ([HEADER, LINE, changed(seed="1", batch_size="8")], "line 3: cifar10 was trained for 1830 steps of 8 samples"),
         ([HEADER, f'"{LINE}'], "line 2: not valid CSV, perhaps cut off: unexpected end of data"),
-        ([HEADER, "\0"], "this is a binary file, not results in CSV"),
+        ([HEADER, "\0"], "this is a binary file, not CSV"),
     ],
 )
 def test_mistakes(lines, error, file):
@@ -146,10 +155,10 @@ def test_mistakes(lines, error, file):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.csv: cannot read the results: No such file or directory"):
+    with pytest.raises(UserError, match=r"nowhere.csv: the file cannot be read: No such file or directory"):
         load_rows(tmp_path / "nowhere.csv", Result)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(UserError, match=r"binary.csv: this is a binary file, not results in CSV"):
+    with pytest.raises(UserError, match=r"binary.csv: this is a binary file, not CSV"):
         load_rows(tmp_path / "binary.csv", Result)
 
 
