@@ -16,44 +16,28 @@ the highest gain.
 
 import logging
 import random
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from deap import tools
 
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.atomic_files import write_json
 from microtune.modules.search.contributions import ContributionTable
 from microtune.modules.search.genome_bytes import Memory
-from microtune.modules.search.integer_program import Genome
-from microtune.modules.search.random_search import random_search
 from microtune.modules.search.scheme_optimum import proven_optimum
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.finalists import train_finalists
+from microtune.recipes.search.evolution import CHOICE_SAMPLES, RECIPE, Effort, FitnessName, begin_search, run_search
 from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, make_toolbox
-from microtune.recipes.search.report import (
-    SearchLog,
-    draw_front,
-    draw_search,
-    print_computed,
-    print_front,
-    print_report,
-    updated_layers,
-)
+from microtune.recipes.search.report import draw_front, print_computed, print_front, print_report
 from microtune.recipes.search.setup import (
     GRADIENT,
     Level,
-    Search,
     all_budgets,
     budget_of,
-    good_guesses,
     gradient_search,
     make_problem,
     measure_gradient,
@@ -62,58 +46,21 @@ from microtune.recipes.search.setup import (
     refuse_beside_gradient,
     refuse_beside_table,
     refuse_without_data,
-    rules_of_thumb,
     searched_network,
     searched_table,
     table_search,
 )
-from microtune.recipes.search.trials import TrialSettings, accuracies
+from microtune.recipes.search.trials import TrialSettings
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import check_at_least_one, flat, run
 from microtune.recipes.training.networks import DescribedNetwork
-from microtune.recipes.training.run_folder import (
-    LoggerName,
-    check_run_folder,
-    open_run_folder,
-    plain,
-    refuse_another_run,
-    write_config,
-)
+from microtune.recipes.training.run_folder import LoggerName, check_run_folder, plain
 
 log = logging.getLogger(__name__)
 
-RECIPE = "evolve_update_scheme"
-FitnessName = Literal["table", "accuracy"]
 EVALUATIONS = {"table": 5000, "accuracy": 200}
 FINALISTS = 4
 BASE_DEPTH = 36  # of a gradient
-CHOICE_SAMPLES = 512
-LEFT_OUT = 0.5  # of what could be filled, where filling makes the same of all and schemes are trained
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How schemes are judged, and for how long.
-
-    Args:
-        fitness: By the table, or by accuracy.
-        evaluations: Schemes to evaluate.
-        population: Survivors of a generation.
-        trial_seeds: Trainings of each scheme, where fitness is accuracy.
-        finalists: How many of the best are trained for longer.
-        final_steps: Optimizer steps of these; None for four times those of a trial.
-        final_seeds: Trainings of each of these.
-        seed: Of the search.
-    """
-
-    fitness: FitnessName
-    evaluations: int
-    population: int
-    trial_seeds: int
-    finalists: int
-    final_steps: int | None
-    final_seeds: int
-    seed: int
 
 
 def main(
@@ -225,164 +172,13 @@ def main(
         search = gradient_search(described, measured, budget, base_depth, level, channel_multiple, not is_computed)
     else:
         search = table_search(described, table, budget)
-    facts = {"fitness": fitness, "level": level, "channel_multiple": channel_multiple, **budget.facts}
-    search = replace(search, facts=search.facts | facts)
-
     with Workers(processes, cluster) as workers:
-        out_dir = begin_run(out_dir, arguments, resume)
-        table_file = keep_table(search.table, out_dir / "contributions.csv") if is_gradient else Path(contributions)
+        out_dir = begin_search(out_dir, arguments, resume)
         if is_gradient and settings.source == "none":
             log.warning("schemes update little of a network that has learnt nothing: give --weights")
-        made_by = partial(provenance_of, RECIPE, arguments, table_file, budget)
-        search_log = SearchLog(logger, out_dir, arguments, search.table, search.optimum, search.problem, evaluations)
-        if is_computed:
-            return finish_computed(search, made_by, search_log, started)
-        settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
-        hall, state = evolve_schemes(search, effort, settings, workers, table_file, search_log)
-        best, of_finalists = best_of_finalists(search, effort, settings, workers, state, hall)
-
-    report = {**results_of(search, best, state, hall, seed), **of_finalists, "seconds": time.monotonic() - started}
-    finish_evolved(search, best, state, report, made_by, search_log)
-    return report
-
-
-def begin_run(out_dir: Path | None, arguments: dict[str, Any], resume: bool) -> Path:
-    """Opens the run's folder, with the arguments in it; refuses to go on with a run of other ones."""
-    out_dir = open_run_folder(out_dir, RECIPE, resume)
-    if resume:
-        refuse_another_run(out_dir, arguments, None)
-    else:
-        write_config(out_dir, arguments)
-    return out_dir
-
-
-def keep_table(table: ContributionTable, path: Path) -> Path:
-    """Writes the table of a gradient into the run's folder, or refuses to go on with another than lies there."""
-    with tempfile.TemporaryDirectory() as folder:
-        table.save(Path(folder) / path.name)
-        if path.exists() and path.read_bytes() != (Path(folder) / path.name).read_bytes():
-            raise UserError(
-                f"the gradient is not what it was when {path} was written: the data, the weights or the machine have "
-                "changed: start the search anew without --resume"
-            )
-    table.save(path)
-    return path
-
-
-def evolve_schemes(
-    search: Search,
-    effort: Effort,
-    settings: TrialSettings,
-    workers: Workers,
-    table_file: Path,
-    search_log: SearchLog,
-) -> tuple[tools.HallOfFame, SearchState]:
-    """Evolves schemes, from the state in the run's folder on, where there is one, and keeps it after every generation.
-
-    Returns:
-        The best, distinct, and the state at the end.
-    """
-    problem, state_file = search.problem, search_log.out_dir / "search.json"
-    state = SearchState.load(state_file)
-    state.refuse_another_table(table_file)
-    random.seed(effort.seed)
-    toolbox, guesses = make_toolbox(problem), []
-    if effort.fitness == "accuracy":
-        toolbox = make_toolbox(problem, LEFT_OUT)
-        seeds = tuple(range(effort.seed * effort.trial_seeds, (effort.seed + 1) * effort.trial_seeds))
-        toolbox.register("map", lambda _, genomes: accuracies(workers, settings, problem, seeds, genomes))
-        guesses = good_guesses(problem, search.optimum, effort.population)
-
-    def after_generation(state: SearchState) -> None:
-        state.save(state_file)
-        search_log.generation(state)
-
-    with search_log:
-        hall = evolve(problem, toolbox, effort.evaluations, effort.population, guesses, state, after_generation)
-    return hall, state
-
-
-def best_of_finalists(
-    search: Search,
-    effort: Effort,
-    settings: TrialSettings,
-    workers: Workers,
-    state: SearchState,
-    hall: tools.HallOfFame,
-) -> tuple[Genome, dict[str, Any]]:
-    """The best of the finalists after longer training, with what the report says of them; without any, of the search.
-
-    Beside the best of the search these are the table's optimum, and as many of the last layers as fit.
-    """
-    if not effort.finalists:
-        return tuple(hall[0]), {}
-    problem = search.problem
-    proxies = {tuple(one): one.fitness.values[0] for one in hall[: effort.finalists]}
-    # tables and short trials mislead at times: these have their chance in any case
-    for genome in (search.optimum.genome, *rules_of_thumb(problem)[:1]):
-        known = problem.score(genome) if effort.fitness == "table" else state.fitness.get(genome)
-        if known is not None:
-            proxies.setdefault(genome, known)
-    steps = effort.final_steps or 4 * settings.steps
-    return train_finalists(problem, proxies, settings, steps, effort.final_seeds, workers)
-
-
-def results_of(search: Search, best: Genome, state: SearchState, hall: tools.HallOfFame, seed: int) -> dict[str, Any]:
-    """What was found, and for comparison the optimum and as many random schemes, by the table."""
-    problem, evaluations = search.problem, len(state.fitness)
-    return {
-        "score": problem.score(best),
-        "optimum_score": search.optimum.score,
-        "random_score": random_search(problem, evaluations, seed).score,
-        "random_blind_score": random_search(problem, evaluations, seed, blind=True).score,
-        "best_fitness": hall[0].fitness.values[0],
-        "evaluations": evaluations,
-        "lost_evaluations": sum(value is None for value in state.fitness.values()),
-        "memory_bytes": problem.memory_bytes(best),
-        **search.facts,
-    }
-
-
-def finish_evolved(
-    search: Search,
-    best: Genome,
-    state: SearchState,
-    report: dict[str, Any],
-    made_by: Callable[[dict[str, Any]], dict[str, Any]],
-    search_log: SearchLog,
-) -> None:
-    """Writes, draws and prints the best scheme, and the table's optimum beside it."""
-    problem, optimum, out_dir = search.problem, search.optimum, search_log.out_dir
-    problem.scheme(best, made_by(report)).save(out_dir / "scheme.json")
-    rule = {"rule": "proven optimum by the contribution table", "score": optimum.score}
-    problem.scheme(optimum.genome, made_by(rule)).save(out_dir / "optimum.json")
-    write_json(out_dir / "report.json", report)
-    draw_search(state, problem, optimum, report["fitness"], out_dir / "search.png")
-    search_log.finish(report)
-    print_report(report, problem.scheme(best), out_dir)
-
-
-def finish_computed(
-    search: Search,
-    made_by: Callable[[dict[str, Any]], dict[str, Any]],
-    search_log: SearchLog,
-    started: float,
-) -> dict[str, Any]:
-    """Writes and prints the scheme that the gradient says is best: no search follows."""
-    problem, optimum, out_dir = search.problem, search.optimum, search_log.out_dir
-    found = {
-        "score": optimum.score,
-        "bias_score": problem.gains_of(optimum.genome)[0],
-        "memory_bytes": problem.memory_bytes(optimum.genome),
-        **search.facts,
-        "seconds": time.monotonic() - started,
-    }
-    scheme = problem.scheme(optimum.genome, made_by(found))
-    scheme.save(out_dir / "scheme.json")
-    report = {**found, "layers": updated_layers(problem, optimum.genome)}
-    write_json(out_dir / "report.json", report)
-    search_log.finish(report)
-    print_computed(report, scheme, out_dir)
+        report = run_search(search, effort, settings, budget, workers, arguments, logger, out_dir, started)
+    tell = print_computed if is_computed else print_report
+    tell(report, UpdateScheme.load(out_dir / "scheme.json"), out_dir)
     return report
 
 
@@ -395,7 +191,7 @@ def search_all_mcus(
 ) -> dict[str, Any]:
     """A scheme for every microcontroller that the network fits, and for the others the resolution that would do."""
     started = time.monotonic()
-    out_dir = begin_run(out_dir, arguments, resume=False)
+    out_dir = begin_search(out_dir, arguments, resume=False)
     rows: list[dict[str, Any]] = []
     with progress_bar() as progress:
         for budget in progress.track(all_budgets(), description="microcontrollers"):

@@ -69,7 +69,7 @@ def call(*words, with_picture=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words)])
         if not with_picture:
-            patch.setattr(f"microtune.recipes.{RECIPE}.draw_search", lambda *_: None)
+            patch.setattr("microtune.recipes.search.evolution.draw_search", lambda *_: None)
         run(main)
     return found_in(words[words.index("--out_dir") + 1])
 

@@ -1,0 +1,247 @@
+"""A whole search in its folder: schemes evolved by table or by accuracy, the finalists, and what is left behind."""
+
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from deap import tools
+
+from microtune.modules.atomic_files import write_json
+from microtune.modules.search.contributions import ContributionTable
+from microtune.modules.search.integer_program import Genome
+from microtune.modules.search.random_search import random_search
+from microtune.modules.user_error import UserError
+from microtune.recipes.search.checkpoint import SearchState
+from microtune.recipes.search.finalists import train_finalists
+from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
+from microtune.recipes.search.report import SearchLog, draw_search, updated_layers
+from microtune.recipes.search.setup import GRADIENT, Budget, Search, good_guesses, provenance_of, rules_of_thumb
+from microtune.recipes.search.trials import TrialSettings, accuracies
+from microtune.recipes.search.workers import Workers
+from microtune.recipes.training.run_folder import LoggerName, open_run_folder, refuse_another_run, write_config
+
+RECIPE = "evolve_update_scheme"  # whose command makes the same scheme
+CHOICE_SAMPLES = 512  # of a gradient
+LEFT_OUT = 0.5  # of what could be filled, where filling makes the same of all and schemes are trained
+
+FitnessName = Literal["table", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How schemes are judged, and for how long.
+
+    Args:
+        fitness: By the table, or by accuracy.
+        evaluations: Schemes to evaluate.
+        population: Survivors of a generation.
+        trial_seeds: Trainings of each scheme, where fitness is accuracy.
+        finalists: How many of the best are trained for longer.
+        final_steps: Optimizer steps of these; None for four times those of a trial.
+        final_seeds: Trainings of each of these.
+        seed: Of the search.
+    """
+
+    fitness: FitnessName
+    evaluations: int
+    population: int
+    trial_seeds: int
+    finalists: int
+    final_steps: int | None
+    final_seeds: int
+    seed: int
+
+
+def begin_search(out_dir: Path | None, arguments: dict[str, Any], resume: bool) -> Path:
+    """Opens the run's folder, with the arguments in it; refuses to go on with a run of other ones."""
+    out_dir = open_run_folder(out_dir, RECIPE, resume)
+    if resume:
+        refuse_another_run(out_dir, arguments, None)
+    else:
+        write_config(out_dir, arguments)
+    return out_dir
+
+
+def run_search(
+    search: Search,
+    effort: Effort,
+    settings: TrialSettings,
+    budget: Budget,
+    workers: Workers,
+    arguments: dict[str, Any],
+    logger: LoggerName,
+    out_dir: Path,
+    started: float,
+) -> dict[str, Any]:
+    """Searches, or goes on after the last finished generation, and leaves the scheme in the folder.
+
+    By a gradient alone nothing is searched for: its best scheme is computed.
+
+    Args:
+        search: What is solved.
+        effort: How schemes are judged, and for how long.
+        settings: Of the trials.
+        budget: What a scheme may take.
+        workers: Where schemes are trained.
+        arguments: Of ``evolve_update_scheme.py`` for this search, which the scheme's provenance has.
+        logger: wandb, csv or none.
+        out_dir: Folder of the search, from ``begin_search``.
+        started: When the work began, by ``time.monotonic``.
+
+    Returns:
+        What ``report.json`` says.
+
+    Raises:
+        UserError: The table is not what the search was begun with, or nothing came of it.
+    """
+    is_gradient = arguments["contributions"] == GRADIENT
+    table_file = Path(arguments["contributions"])
+    if is_gradient:
+        table_file = keep_table(search.table, out_dir / "contributions.csv")
+    of_arguments = {name: arguments[name] for name in ("level", "channel_multiple")}
+    search = replace(search, facts=search.facts | {"fitness": effort.fitness, **of_arguments, **budget.facts})
+    made_by = partial(provenance_of, RECIPE, arguments, table_file, budget)
+    parts = search.table, search.optimum, search.problem
+    search_log = SearchLog(logger, out_dir, arguments, *parts, effort.evaluations)
+    if is_gradient and effort.fitness == "table":
+        return finish_computed(search, made_by, search_log, started)
+    settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
+    hall, state = evolve_schemes(search, effort, settings, workers, table_file, search_log)
+    best, of_finalists = best_of_finalists(search, effort, settings, workers, state, hall)
+    report = {**results_of(search, best, state, hall, effort.seed), **of_finalists}
+    report["seconds"] = time.monotonic() - started
+    finish_evolved(search, best, state, report, made_by, search_log)
+    return report
+
+
+def keep_table(table: ContributionTable, path: Path) -> Path:
+    """Writes the table of a gradient into the run's folder, or refuses to go on with another than lies there."""
+    with tempfile.TemporaryDirectory() as folder:
+        table.save(Path(folder) / path.name)
+        if path.exists() and path.read_bytes() != (Path(folder) / path.name).read_bytes():
+            raise UserError(
+                f"the gradient is not what it was when {path} was written: the data, the weights or the machine have "
+                "changed: start the search anew without --resume"
+            )
+    table.save(path)
+    return path
+
+
+def evolve_schemes(
+    search: Search,
+    effort: Effort,
+    settings: TrialSettings,
+    workers: Workers,
+    table_file: Path,
+    search_log: SearchLog,
+) -> tuple[tools.HallOfFame, SearchState]:
+    """Evolves schemes, from the state in the run's folder on, where there is one, and keeps it after every generation.
+
+    Returns:
+        The best, distinct, and the state at the end.
+    """
+    problem, state_file = search.problem, search_log.out_dir / "search.json"
+    state = SearchState.load(state_file)
+    state.refuse_another_table(table_file)
+    random.seed(effort.seed)
+    toolbox, guesses = make_toolbox(problem), []
+    if effort.fitness == "accuracy":
+        toolbox = make_toolbox(problem, LEFT_OUT)
+        seeds = tuple(range(effort.seed * effort.trial_seeds, (effort.seed + 1) * effort.trial_seeds))
+        toolbox.register("map", lambda _, genomes: accuracies(workers, settings, problem, seeds, genomes))
+        guesses = good_guesses(problem, search.optimum, effort.population)
+
+    def after_generation(state: SearchState) -> None:
+        state.save(state_file)
+        search_log.generation(state)
+
+    with search_log:
+        hall = evolve(problem, toolbox, effort.evaluations, effort.population, guesses, state, after_generation)
+    return hall, state
+
+
+def best_of_finalists(
+    search: Search,
+    effort: Effort,
+    settings: TrialSettings,
+    workers: Workers,
+    state: SearchState,
+    hall: tools.HallOfFame,
+) -> tuple[Genome, dict[str, Any]]:
+    """The best of the finalists after longer training, with what the report says of them; without any, of the search.
+
+    Beside the best of the search these are the table's optimum, and as many of the last layers as fit.
+    """
+    if not effort.finalists:
+        return tuple(hall[0]), {}
+    problem = search.problem
+    proxies = {tuple(one): one.fitness.values[0] for one in hall[: effort.finalists]}
+    # tables and short trials mislead at times: these have their chance in any case
+    for genome in (search.optimum.genome, *rules_of_thumb(problem)[:1]):
+        known = problem.score(genome) if effort.fitness == "table" else state.fitness.get(genome)
+        if known is not None:
+            proxies.setdefault(genome, known)
+    steps = effort.final_steps or 4 * settings.steps
+    return train_finalists(problem, proxies, settings, steps, effort.final_seeds, workers)
+
+
+def results_of(search: Search, best: Genome, state: SearchState, hall: tools.HallOfFame, seed: int) -> dict[str, Any]:
+    """What was found, and for comparison the optimum and as many random schemes, by the table."""
+    problem, evaluations = search.problem, len(state.fitness)
+    return {
+        "score": problem.score(best),
+        "optimum_score": search.optimum.score,
+        "random_score": random_search(problem, evaluations, seed).score,
+        "random_blind_score": random_search(problem, evaluations, seed, blind=True).score,
+        "best_fitness": hall[0].fitness.values[0],
+        "evaluations": evaluations,
+        "lost_evaluations": sum(value is None for value in state.fitness.values()),
+        "memory_bytes": problem.memory_bytes(best),
+        **search.facts,
+    }
+
+
+def finish_evolved(
+    search: Search,
+    best: Genome,
+    state: SearchState,
+    report: dict[str, Any],
+    made_by: Callable[[dict[str, Any]], dict[str, Any]],
+    search_log: SearchLog,
+) -> None:
+    """Writes and draws the best scheme, and the table's optimum beside it."""
+    problem, optimum, out_dir = search.problem, search.optimum, search_log.out_dir
+    problem.scheme(best, made_by(report)).save(out_dir / "scheme.json")
+    rule = {"rule": "proven optimum by the contribution table", "score": optimum.score}
+    problem.scheme(optimum.genome, made_by(rule)).save(out_dir / "optimum.json")
+    write_json(out_dir / "report.json", report)
+    draw_search(state, problem, optimum, report["fitness"], out_dir / "search.png")
+    search_log.finish(report)
+
+
+def finish_computed(
+    search: Search,
+    made_by: Callable[[dict[str, Any]], dict[str, Any]],
+    search_log: SearchLog,
+    started: float,
+) -> dict[str, Any]:
+    """Writes the scheme that the gradient says is best: no search follows."""
+    problem, optimum, out_dir = search.problem, search.optimum, search_log.out_dir
+    found = {
+        "score": optimum.score,
+        "bias_score": problem.gains_of(optimum.genome)[0],
+        "memory_bytes": problem.memory_bytes(optimum.genome),
+        **search.facts,
+        "seconds": time.monotonic() - started,
+    }
+    scheme = problem.scheme(optimum.genome, made_by(found))
+    scheme.save(out_dir / "scheme.json")
+    report = {**found, "layers": updated_layers(problem, optimum.genome)}
+    write_json(out_dir / "report.json", report)
+    search_log.finish(report)
+    return report
