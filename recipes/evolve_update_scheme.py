@@ -52,9 +52,10 @@ from microtune.recipes.search.setup import (
 )
 from microtune.recipes.search.trials import TrialSettings
 from microtune.recipes.search.workers import Workers
-from microtune.recipes.training.command_line import check_at_least_one, flat, run
+from microtune.recipes.training.command_line import check_at_least_one, flat, run_recipe
 from microtune.recipes.training.networks import DescribedNetwork
-from microtune.recipes.training.run_folder import LoggerName, check_run_folder, plain
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.run_folder import check_run_folder
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,10 @@ def main(
         out_dir: Folder of the scheme; by default a new one below runs/.
         resume: Go on with the search in out_dir after its last finished generation.
     """
-    started, arguments = time.monotonic(), plain(flat(locals()))
+    started, arguments = (
+        time.monotonic(),
+        flat({**{name: value for name, value in locals().items() if name != "options"}, **options}),
+    )
     torch.set_num_threads(1)
     check_at_least_one(
         evaluations=evaluations, population=population, trial_seeds=trial_seeds, final_steps=final_steps,
@@ -220,4 +224,4 @@ def search_all_mcus(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -29,8 +29,10 @@ from microtune.recipes.search.contribution_trials import (
 )
 from microtune.recipes.search.shared_folder import check_shared_folder, open_shared_folder
 from microtune.recipes.search.trials import TrialSettings, described_by, trials
-from microtune.recipes.training.command_line import check_at_least_one, flat, numbers, run
-from microtune.recipes.training.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run
+from microtune.recipes.training.command_line import check_at_least_one, flat, numbers, run_recipe
+from microtune.recipes.training.loggers import make_loggers, wandb_run
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.run_folder import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def main(
     side_by_side: int = 4,
     logger: LoggerName = "wandb",
     out_dir: Path | None = None,
-    **options: Any,
+    settings: TrialSettings = TrialSettings(),
 ) -> ContributionTable:
     """Measures how much accuracy each bias depth and each layer's update buys: the table that a search goes by.
 
@@ -61,11 +63,10 @@ def main(
         out_dir: Folder of the table; by default a new one below runs/. Where the same measurement was begun, it goes
             on, or helps the process that is at it.
     """
-    started, arguments = time.monotonic(), plain(flat(locals()))
+    started, arguments = time.monotonic(), flat(locals())
     torch.set_num_threads(1)
     check_at_least_one(seeds=seeds, side_by_side=side_by_side)
     out_dir = out_dir or new_folder(Path("runs") / "measure_contributions")
-    settings = TrialSettings(**options)
     described = described_by(settings)
     updates = updates_to_measure(described, settings.base_depth, layers, numbers(ratios, float), bias_depths)
     check_shared_folder(out_dir, arguments, MAY_CHANGE)
@@ -107,4 +108,4 @@ def log_to_wandb(logger: LoggerName, table: ContributionTable, out_dir: Path, ar
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

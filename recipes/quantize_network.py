@@ -37,11 +37,12 @@ from microtune.modules.int8.post_training_quantization import (
 from microtune.modules.int8.published_networks import read_published_network
 from microtune.modules.networks.pretrained_weights import KERAS_SUFFIXES
 from microtune.modules.user_error import UserError
-from microtune.recipes.training.command_line import check_at_least_one, run
+from microtune.recipes.training.command_line import check_at_least_one, run_recipe
 from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.memory_figures import KIB, size_of
 from microtune.recipes.training.networks import describe_network, input_shape_of
-from microtune.recipes.training.training import check_ranges, load_pretrained
+from microtune.recipes.training.plan import check_ranges
+from microtune.recipes.training.pretrained import load_pretrained
 
 PICKLE_SUFFIXES = (".pkl", ".pickle")
 SUFFIXES = (".pth", ".pt", ".ckpt", *KERAS_SUFFIXES)
@@ -265,4 +266,4 @@ def channels_near_zero(scales: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

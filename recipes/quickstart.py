@@ -53,15 +53,14 @@ from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.contribution_trials import Trial, contributions_of, draw_contributions, updates_to_measure
 from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
 from microtune.recipes.search.setup import Budget, make_problem
-from microtune.recipes.training.command_line import check_at_least_one, run
+from microtune.recipes.training.command_line import check_at_least_one, run_recipe
+from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.memory_figures import KIB, memory_figures
-from microtune.recipes.training.networks import (
-    NAMED_SCHEMES,
-    DescribedNetwork,
-    describe_network,
-    scheme_by_name_or_file,
-)
-from microtune.recipes.training.run_folder import LoggerName, make_loggers, open_run_folder, wandb_run, write_config
+from microtune.recipes.training.networks import DescribedNetwork, describe_network
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.plan import NAMED_SCHEMES
+from microtune.recipes.training.run_folder import open_run_folder, write_config
+from microtune.recipes.training.schemes import scheme_by_name_or_file
 from microtune.recipes.training.step_time import interleaved_seconds, prepared, training_step
 
 KNOWN_DIGITS, NEW_DIGITS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
@@ -339,4 +338,4 @@ def log_to_wandb(logger: LoggerName, report: dict[str, Any], out_dir: Path) -> N
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -19,9 +19,11 @@ from rich.table import Table
 from microtune.modules.memory.microcontrollers import Microcontroller, microcontroller
 from microtune.modules.memory.peak_memory import OptimizerState, PeakMemory, Timeline
 from microtune.modules.memory.training_memory import LayerExtraMemory, extra_memory_per_layer
-from microtune.recipes.training.command_line import run
+from microtune.recipes.training.command_line import run_recipe
 from microtune.recipes.training.memory_figures import KIB, draw_memory, memory_figures, size_of, what_would_fit
-from microtune.recipes.training.networks import describe_network, scheme_by_name_or_file, source_of_weights
+from microtune.recipes.training.networks import describe_network
+from microtune.recipes.training.plan import source_of_weights
+from microtune.recipes.training.schemes import scheme_by_name_or_file
 
 
 def main(
@@ -156,4 +158,4 @@ def _verdict(margin_bytes: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

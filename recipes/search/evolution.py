@@ -23,7 +23,8 @@ from microtune.recipes.search.report import SearchLog, draw_search, updated_laye
 from microtune.recipes.search.setup import GRADIENT, Budget, Search, good_guesses, provenance_of, rules_of_thumb
 from microtune.recipes.search.trials import TrialSettings, accuracies
 from microtune.recipes.search.workers import Workers
-from microtune.recipes.training.run_folder import LoggerName, open_run_folder, refuse_another_run, write_config
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.run_folder import open_run_folder, refuse_another_run, write_config
 
 RECIPE = "evolve_update_scheme"  # whose command makes the same scheme
 CHOICE_SAMPLES = 512  # of a gradient

@@ -20,8 +20,9 @@ from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.setup import NATS
+from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.memory_figures import KIB
-from microtune.recipes.training.run_folder import LoggerName, make_loggers, wandb_run
+from microtune.recipes.training.options import LoggerName
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from microtune.modules.user_error import UserError
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import check_at_least_one
 from microtune.recipes.training.data_module import data_module
-from microtune.recipes.training.networks import DescribedNetwork, describe_network, source_of_weights
-from microtune.recipes.training.training import load_pretrained
+from microtune.recipes.training.networks import DescribedNetwork, describe_network
+from microtune.recipes.training.plan import source_of_weights
+from microtune.recipes.training.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)

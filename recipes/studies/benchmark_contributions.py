@@ -23,7 +23,7 @@ from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.trials import TrialSettings, described_by, trials
-from microtune.recipes.training.command_line import check_at_least_one, run
+from microtune.recipes.training.command_line import check_at_least_one, run_recipe
 
 WAYS = {
     "kept, one by one": ("memory", False),
@@ -33,7 +33,7 @@ WAYS = {
 }
 
 
-def main(rounds: int = 3, json: bool = False, **options: Any) -> dict[str, Any]:
+def main(rounds: int = 3, json: bool = False, settings: TrialSettings = TrialSettings()) -> dict[str, Any]:
     """Measures what makes the contribution analysis fast: kept features, and candidates that train side by side.
 
     Args:
@@ -42,7 +42,6 @@ def main(rounds: int = 3, json: bool = False, **options: Any) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     check_at_least_one(rounds=rounds)
-    settings = TrialSettings(**options)
     described = described_by(settings)
     convolutions = described.operations.convolutions
     within = [layer for layer in convolutions[len(convolutions) - settings.base_depth :] if is_expanding(layer)]
@@ -97,4 +96,4 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -28,7 +28,7 @@ from microtune.datamodules.imagenet import ImageNet
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.user_error import UserError
-from microtune.recipes.training.command_line import check_at_least_one, listed, run
+from microtune.recipes.training.command_line import check_at_least_one, listed, run_recipe
 from microtune.recipes.training.networks import describe_network
 from microtune.recipes.training.step_time import prepared, training_step
 
@@ -184,4 +184,4 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -48,10 +48,10 @@ from microtune.recipes.search.setup import Budget, budget_of, good_guesses, make
 from microtune.recipes.search.shared_folder import open_shared_folder
 from microtune.recipes.search.trials import TrialSettings, accuracy, described_by
 from microtune.recipes.search.workers import Workers
-from microtune.recipes.training.command_line import check_at_least_one, listed, run
+from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
 from microtune.recipes.training.memory_figures import KIB
 from microtune.recipes.training.networks import DescribedNetwork
-from microtune.recipes.training.run_folder import new_folder, plain, read_config
+from microtune.recipes.training.run_folder import new_folder, read_config
 
 MEASUREMENTS = (
     "recipes/contributions/mobilenet_v2-w0.35_cifar10,recipes/contributions/mobilenet_v2-w0.35_speech_commands"
@@ -111,7 +111,7 @@ def main(
         processes: Processes of this machine that search, one thread each.
         out_dir: Folder of the results; by default a new one below runs/.
     """
-    arguments = plain(dict(locals()))
+    arguments = flat(locals())
     torch.set_num_threads(1)
     counts = {"evaluations": evaluations, "seeds": seeds, "processes": processes}
     check_at_least_one(**counts, trial_steps=trial_steps, final_steps=final_steps, final_seeds=final_seeds)
@@ -396,4 +396,4 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

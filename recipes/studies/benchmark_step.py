@@ -21,8 +21,10 @@ from rich.table import Table
 from microtune.modules.memory.microcontrollers import microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.saved_for_backward import measure_saved_bytes
-from microtune.recipes.training.command_line import check_at_least_one, run
-from microtune.recipes.training.networks import describe_network, scheme_by_name_or_file, source_of_weights
+from microtune.recipes.training.command_line import check_at_least_one, run_recipe
+from microtune.recipes.training.networks import describe_network
+from microtune.recipes.training.plan import source_of_weights
+from microtune.recipes.training.schemes import scheme_by_name_or_file
 from microtune.recipes.training.step_time import forward_only, interleaved_seconds, prepared, training_step
 
 METHODS = ("full", "published", "freeze", "mask", "sub_tensor")
@@ -112,4 +114,4 @@ def print_table(report: dict, batch_size: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -35,9 +35,11 @@ from microtune.recipes.studies.result_pictures import draw_selection
 from microtune.recipes.studies.result_rows import SelectionResult
 from microtune.recipes.studies.result_tables import selection_section
 from microtune.recipes.studies.trial_grid import Cell, best_rates, result, train_until_none_diverges
-from microtune.recipes.training.command_line import check_at_least_one, listed, run
+from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
+from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.memory_figures import scheme_fits
-from microtune.recipes.training.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.run_folder import new_folder
 
 # a comparison may grow: every training is known by what it does
 MAY_GROW = MAY_CHANGE | {"only", "criteria", "dynamic", "budgets", "seeds"}
@@ -80,7 +82,7 @@ def main(
         logger: wandb (offline unless you are logged in), csv or none.
         out_dir: Folder of the comparison; by default a new one below runs/. Where it was begun, it goes on.
     """
-    arguments = plain(locals())
+    arguments = flat(locals())
     torch.set_num_threads(1)
     check_at_least_one(
         steps=steps, batch_size=batch_size, seeds=seeds, base_depth=base_depth, rechoose_every=rechoose_every,
@@ -211,4 +213,4 @@ def log_to_wandb(logger: LoggerName, out_dir: Path, names: Sequence[str], argume
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

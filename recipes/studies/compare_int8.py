@@ -28,10 +28,11 @@ from microtune.recipes.studies.paired_trainings import (
     print_report,
     train_and_compare,
 )
-from microtune.recipes.training.command_line import check_at_least_one, listed, run
-from microtune.recipes.training.networks import FILLING_SCHEMES, MOBILENET_V2, NAMED_SCHEMES, source_of_weights
-from microtune.recipes.training.run_folder import LoggerName, new_folder, plain
-from microtune.recipes.training.training import check_ranges
+from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.plan import MOBILENET_V2, NAMED_SCHEMES, check_ranges, source_of_weights
+from microtune.recipes.training.run_folder import new_folder
+from microtune.recipes.training.schemes import FILLING_SCHEMES
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def main(
         out_dir: Folder of the comparison; by default a new one below runs/. Where the same comparison was begun, it
             goes on.
     """
-    arguments = plain(locals())
+    arguments = flat(locals())
     torch.set_num_threads(1)
     check_at_least_one(batch_size=batch_size, seeds=seeds, processes=processes)
     check_ranges(arguments)
@@ -179,4 +180,4 @@ def described_row(row: str, batch_size: int) -> tuple[str, str, int]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

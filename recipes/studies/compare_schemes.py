@@ -43,11 +43,12 @@ from microtune.recipes.studies.paired_trainings import (
     print_report,
     train_and_compare,
 )
-from microtune.recipes.training.command_line import check_at_least_one, listed, run
+from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
 from microtune.recipes.training.memory_figures import KIB, refuse_oversize, scheme_fits
 from microtune.recipes.training.networks import DescribedNetwork
-from microtune.recipes.training.run_folder import LoggerName, new_folder, plain
-from microtune.recipes.training.training import check_ranges
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.plan import check_ranges
+from microtune.recipes.training.run_folder import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def main(
         out_dir: Folder of the comparison; by default a new one below runs/. Where the same comparison was begun, it
             goes on.
     """
-    arguments = plain(locals())
+    arguments = flat(locals())
     torch.set_num_threads(1)
     check_at_least_one(batch_size=batch_size, seeds=seeds, processes=processes)
     check_ranges(arguments)
@@ -357,4 +358,4 @@ def trainings_of(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -37,7 +37,7 @@ from microtune.recipes.studies.result_tables import (
     search_time_section,
     selection_section,
 )
-from microtune.recipes.training.command_line import listed, run
+from microtune.recipes.training.command_line import listed, run_recipe
 
 BEGIN, END = "<!-- results: made by recipes/studies/make_results.py -->", "<!-- end of results -->"
 
@@ -210,4 +210,4 @@ def with_tables(text: str, tables: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -43,10 +43,12 @@ from microtune.recipes.studies.paired_trainings import MAY_CHANGE, opened_folder
 from microtune.recipes.studies.result_rows import BUDGETS, METHODS, NUMBERS, Result, load_rows
 from microtune.recipes.studies.trial_grid import NOT_IN_KEY, Cell, best_rates, result, train_until_none_diverges
 from microtune.recipes.studies.watched_files import watched
-from microtune.recipes.training.command_line import check_at_least_one, listed, run
+from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
+from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.memory_figures import fit_of, scheme_fits
 from microtune.recipes.training.networks import DescribedNetwork
-from microtune.recipes.training.run_folder import LoggerName, make_loggers, new_folder, plain, read_config, wandb_run
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.run_folder import new_folder, read_config
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +143,7 @@ def main(
         logger: wandb (offline unless you are logged in), csv or none.
         out_dir: Folder of the results; by default a new one below runs/. Where the same were begun, it goes on.
     """
-    arguments = plain(locals())
+    arguments = flat(locals())
     torch.set_num_threads(1)
     check_at_least_one(
         steps=steps, batch_size=batch_size, seeds=seeds, evaluations=evaluations, base_depth=base_depth,
@@ -284,7 +286,7 @@ def refuse_another_search(arguments: dict[str, Any], folder: Path) -> None:
     """Raises ``UserError`` if the search in the folder is, or was, of something else."""
     config = folder / "config.yaml"
     begun = read_config(config) if config.exists() else {}
-    for name, value in plain(arguments).items():
+    for name, value in flat(arguments).items():
         if name not in NOT_IN_KEY and name in begun and begun[name] != value:
             raise UserError(
                 f"the search in {folder} has {name} {begun[name]}, and the list of data sets now says {value}: remove "
@@ -420,4 +422,4 @@ def log_to_wandb(logger: LoggerName, out_dir: Path, arguments: dict[str, Any]) -
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -34,8 +34,9 @@ from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.student_interval import interval
 from microtune.recipes.studies.watched_files import watched
 from microtune.recipes.training.data_module import data_module
+from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.memory_figures import KIB
-from microtune.recipes.training.run_folder import LoggerName, make_loggers, wandb_run
+from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.training import train
 
 log = logging.getLogger(__name__)

@@ -67,11 +67,14 @@ from microtune.recipes.studies.structured_pruning import (
     units_to_remove,
     without_unit,
 )
-from microtune.recipes.training.command_line import check_at_least_one, listed, numbers, run
+from microtune.recipes.training.command_line import check_at_least_one, flat, listed, numbers, run_recipe
 from microtune.recipes.training.data_module import data_module
-from microtune.recipes.training.networks import DescribedNetwork, describe_network, source_of_weights
-from microtune.recipes.training.run_folder import LoggerName, make_loggers, new_folder, plain, wandb_run
-from microtune.recipes.training.training import check_ranges, load_pretrained
+from microtune.recipes.training.loggers import make_loggers, wandb_run
+from microtune.recipes.training.networks import DescribedNetwork, describe_network
+from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.plan import check_ranges, source_of_weights
+from microtune.recipes.training.pretrained import load_pretrained
+from microtune.recipes.training.run_folder import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +170,7 @@ def main(
         logger: Of the summary: wandb (offline unless you are logged in), csv or none.
         out_dir: Folder of the results; by default a new one below runs/. Where the same pruning was begun, it goes on.
     """
-    started, arguments = time.monotonic(), plain(locals())
+    started, arguments = time.monotonic(), flat(locals())
     torch.set_num_threads(1)
     check_at_least_one(
         resolution=resolution, channel_multiple=channel_multiple, choice_samples=choice_samples,
@@ -502,4 +505,4 @@ def log_to_wandb(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_recipe(main)

@@ -28,8 +28,8 @@ def run_recipe(main: Callable[..., Any]) -> Any:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", module="lightning|torchmetrics|jsonargparse")
-    for logger in map(logging.getLogger, ("lightning", "lightning.pytorch", "lightning.fabric")):
-        logger.propagate = not logger.handlers  # where it was imported before, it has a handler of its own
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).propagate = False  # it has a handler of its own
     advertisement = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertisement.addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
@@ -58,7 +58,7 @@ def parser_of(main: Callable[..., Any]) -> ArgumentParser:
     groups = option_groups(main)
     description = main.__doc__.partition("\n")[0] if main.__doc__ else None
     parser = ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="File of arguments in YAML, such as the config.yaml of a run.")
+    parser.add_argument("--config", action="config", help="File of arguments in YAML, such as a run's config.yaml.")
     parser.add_function_arguments(main, as_group=False, skip=set(groups))
     for kind in groups.values():
         parser.add_class_arguments(kind)
