@@ -1,6 +1,7 @@
 """What a training recipe was asked for, and every refusal that needs neither the data nor the disk."""
 
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,8 +243,8 @@ def source_of_weights(
 
 
 def check_scheme_name(scheme: str) -> None:
-    """Raises ``UserError`` for what is neither the name of a rule nor, by its suffix, a file."""
-    if scheme not in NAMED_SCHEMES and not Path(scheme).suffix:
+    """Raises ``UserError`` for what is neither the name of a rule nor looks like a file: by a suffix or a folder."""
+    if scheme not in NAMED_SCHEMES and not Path(scheme).suffix and os.sep not in scheme:
         raise UserError(f"unknown scheme {scheme!r}: give a JSON file or one of {', '.join(NAMED_SCHEMES)}")
 
 

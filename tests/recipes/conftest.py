@@ -1,5 +1,6 @@
 """Small made-up data, and recipes called as from the command line."""
 
+import functools
 import importlib
 import json
 import logging
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
@@ -30,8 +31,7 @@ from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.studies import paired_trainings
-from microtune.recipes.training.command_line import run
+from microtune.recipes.training.command_line import called_with, run_recipe
 from microtune.recipes.training.networks import describe_network
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def command(monkeypatch, capfd) -> Callable[..., Ended]:
         capfd.readouterr()
         status = 0
         try:
-            run(main)
+            run_recipe(main)
         except SystemExit as ended:
             status = ended.code
         return Ended(status, *capfd.readouterr())
@@ -280,8 +280,7 @@ def finished_runs(tiny_run, tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for recipe in TRAINING_RECIPES:
         folders[recipe] = tmp_path_factory.mktemp("finished") / recipe
-        main = importlib.import_module(f"microtune.recipes.{recipe}").main
-        main(**tiny_run(recipe), out_dir=folders[recipe])
+        called_with(imported(recipe).main, {**tiny_run(recipe), "out_dir": folders[recipe]})
     return folders
 
 
@@ -337,6 +336,14 @@ def interrupt(monkeypatch) -> Callable[..., None]:
 
 
 @pytest.fixture
+def limited(monkeypatch) -> Callable[..., None]:
+    """Lets the trainings of a test end early: ``limited(limit_train_batches=1)`` as Lightning's Trainer takes it."""
+    return lambda **limits: monkeypatch.setattr(
+        "microtune.recipes.training.run.Trainer", functools.partial(Trainer, **limits)
+    )
+
+
+@pytest.fixture
 def pretended(monkeypatch) -> SimpleNamespace:
     """Lets trainings only pretend: ``all`` are the arguments of each, ``of`` says what comes out, by its folder."""
     outcome = SimpleNamespace(all=[], of=lambda folder: 0.5)
@@ -352,7 +359,7 @@ def pretended(monkeypatch) -> SimpleNamespace:
         report |= {"extra_memory_bytes": 1024 * scheme.bias_depth, "peak_memory_bytes": 4096 * scheme.bias_depth}
         (options["out_dir"] / "report.json").write_text(json.dumps(report))
 
-    monkeypatch.setattr(paired_trainings, "train", train)
+    monkeypatch.setattr("microtune.recipes.studies.paired_trainings.train", train)
     return outcome
 
 

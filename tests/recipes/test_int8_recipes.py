@@ -19,6 +19,7 @@ from microtune.modules.int8.graph import Quantization
 from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.training.command_line import called_with
 from microtune.recipes.training.networks import describe_network
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("train_*.py"))
@@ -31,7 +32,9 @@ each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def main_of(recipe):
-    return importlib.import_module(f"microtune.recipes.{recipe}").main
+    """The recipe, to be called with flat arguments as the command line has them."""
+    main = importlib.import_module(f"microtune.recipes.{recipe}").main
+    return lambda **arguments: called_with(main, arguments)
 
 
 def read_report(folder):

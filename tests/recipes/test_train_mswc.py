@@ -1,7 +1,6 @@
 """The recipe for spoken words: which words it learns, of which data, and what it measures to be forgotten."""
 
 import csv
-import functools
 import json
 import re
 import shutil
@@ -10,13 +9,12 @@ import tarfile
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.classifier import Classifier
 from microtune.recipes import train_mswc, train_speech_commands
-from microtune.recipes.training import training
+from microtune.recipes.training.command_line import called_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 FORGETTING = {"earlier_top1_before", "earlier_top1_after"}
@@ -41,7 +39,7 @@ def train(tiny_run, tmp_path):
 
     def call(**changed):
         defaults = {"epochs": 1, "scheme": "classifier", "out_dir": tmp_path / "run"}
-        return train_mswc.main(**tiny_run("train_mswc") | defaults | changed)
+        return called_with(train_mswc.main, tiny_run("train_mswc") | defaults | changed)
 
     return call
 
@@ -51,7 +49,7 @@ def english(tiny_run, tmp_path_factory):
     """The folder of a run from scratch that knows three English words, and not by heart."""
     folder = tmp_path_factory.mktemp("english") / "run"
     run = tiny_run("train_mswc") | {"languages": "en", "scheme": "none", "epochs": 15, "batch_size": 6}
-    train_mswc.main(**run, out_dir=folder)
+    called_with(train_mswc.main, {**run, "out_dir": folder})
     return folder
 
 
@@ -249,16 +247,15 @@ def test_archives_are_unpacked_once(tiny_mswc, finished_runs, train, weights_of,
 # ---- real data
 
 
-def test_real_words(shared_data, monkeypatch, tiny_run, tmp_path):
+def test_real_words(shared_data, limited, tmp_path):
     """The chain of both speech recipes on real clips: English commands, then few steps on Arabic words."""
-    monkeypatch.setattr(training, "Trainer", functools.partial(Trainer, limit_train_batches=4, limit_val_batches=1))
+    limited(limit_train_batches=4, limit_val_batches=1)
     common = {"epochs": 1, "accelerator": "cpu", "logger": "none"}
-    first = train_speech_commands.main(data_dir=shared_data, task="words10", **common, out_dir=tmp_path / "first")
+    commands = {"data_dir": shared_data, "task": "words10", **common, "out_dir": tmp_path / "first"}
+    first = called_with(train_speech_commands.main, commands)
     assert samples(first) == [952, 197, 351]
-    then = train_mswc.main(
-        data_dir=shared_data / "mswc", languages="ar", weights=str(tmp_path / "first/last.ckpt"), **common,
-        out_dir=tmp_path / "then",
-    )  # fmt: skip
+    arabic = {"data_dir": shared_data / "mswc", "languages": "ar", "weights": str(tmp_path / "first/last.ckpt")}
+    then = called_with(train_mswc.main, {**arabic, **common, "out_dir": tmp_path / "then"})
     assert samples(then) == [863, 177, 160]
     assert then["classes"] == 40
     assert then["loss"] < 10

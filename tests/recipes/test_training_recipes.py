@@ -1,18 +1,17 @@
 """Every training recipe runs, leaves a whole folder behind, and reproduces and resumes to the bit."""
 
 import csv
-import functools
 import importlib
 import json
 import shutil
 import signal
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 from PIL import Image
 
 from microtune.datamodules.cifar import CIFAR
@@ -26,7 +25,15 @@ from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.networks.pretrained_weights import NORMALIZATION
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.training import training
+from microtune.recipes.training.command_line import called_with
+from microtune.recipes.training.options import (
+    BudgetOptions,
+    DeviceOptions,
+    Int8Options,
+    NetworkOptions,
+    OptimizationOptions,
+    RunOptions,
+)
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("train_*.py"))
 REPORT_KEYS = {"top1", "val_top1", "loss", "train_samples", "val_samples", "test_samples", "classes", "seconds"}
@@ -44,7 +51,9 @@ each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def main_of(recipe):
-    return importlib.import_module(f"microtune.recipes.{recipe}").main
+    """The recipe, to be called with flat arguments as the command line has them."""
+    main = importlib.import_module(f"microtune.recipes.{recipe}").main
+    return lambda **arguments: called_with(main, arguments)
 
 
 def read_report(folder):
@@ -365,32 +374,28 @@ def test_without_a_scheme_everything_is_trained_with_batch_norm(tiny_run, weight
     assert "net.features.0.1.running_mean" in weights_of(tmp_path / "run")
 
 
-def test_command_line_knows_what_training_takes(command):
+def test_options_that_recipes_share_are_flags_in_groups(command):
+    groups = (NetworkOptions, BudgetOptions, OptimizationOptions, Int8Options, DeviceOptions, RunOptions)
     for recipe in RECIPES:
         ended = command(recipe, "--help")
         assert ended.status == 0
-        for option in training.train.__annotations__.keys() - {
-            "data",
-            "recipe",
-            "arguments",
-            "earlier_data",
-            "scratch_defaults",
-            "return",
-        }:
-            assert f"--{option} " in ended.output, option
+        for group in groups:
+            assert f"\n{group.__doc__.splitlines()[0]}:\n" in ended.output
+            for option in fields(group):
+                assert f"--{option.name} " in ended.output, option.name
 
 
-def train_on_real_images(recipe, data_dir, monkeypatch, out_dir, **limits):
+def train_on_real_images(recipe, data_dir, limited, out_dir, **limits):
     """One epoch from Keras' weights at 64 px; ``limits`` of Lightning's Trainer make it a short one."""
-    monkeypatch.setattr(training, "Trainer", functools.partial(Trainer, **limits))
+    limited(**limits)
     weights = data_dir.parent / "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"
     shared = {"resolution": 64, "epochs": 1, "num_workers": 0, "logger": "none", "accelerator": "cpu"}
     main_of(recipe)(data_dir=data_dir, weights=str(weights), **shared, out_dir=out_dir)
 
 
-def test_loss_falls_on_real_cifar(shared_data, monkeypatch, tmp_path):
+def test_loss_falls_on_real_cifar(shared_data, limited, tmp_path):
     limits = {"limit_train_batches": 60, "limit_val_batches": 2, "limit_test_batches": 6}
-    train_on_real_images("train_cifar", shared_data / "cifar10", monkeypatch, tmp_path / "run", **limits)
+    train_on_real_images("train_cifar", shared_data / "cifar10", limited, tmp_path / "run", **limits)
     losses = read_metrics(tmp_path / "run", "train/loss")
     assert len(losses) == 6
     assert losses[0] > 1.8
@@ -399,9 +404,9 @@ def test_loss_falls_on_real_cifar(shared_data, monkeypatch, tmp_path):
     assert read_report(tmp_path / "run")["train_samples"] == 5850
 
 
-def test_loss_falls_on_real_flowers(shared_data, monkeypatch, tmp_path):
+def test_loss_falls_on_real_flowers(shared_data, limited, tmp_path):
     limits = {"limit_val_batches": 1, "limit_test_batches": 6}
-    train_on_real_images("train_image_folder", shared_data / "flowers17", monkeypatch, tmp_path / "run", **limits)
+    train_on_real_images("train_image_folder", shared_data / "flowers17", limited, tmp_path / "run", **limits)
     losses = read_metrics(tmp_path / "run", "train/loss")
     assert losses[-1] < 0.8 * losses[0]
     assert read_report(tmp_path / "run")["top1"] > 0.4  # chance is 0.06

@@ -101,7 +101,7 @@ def test_scheme_file(kind, recipe, refused, cifar_words, here):
             "smallest",
             "unknown scheme 'smallest': give a JSON file or one of classifier, biases, last_layers, sub_tensor",
         ),
-        (".", "cannot read the update scheme: Is a directory"),
+        ("./", "cannot read the update scheme: Is a directory"),
     ],
 )
 def test_scheme_that_is_not_there(name, message, refused, cifar_words):

@@ -1,6 +1,5 @@
 """The job that the recipes share: its defaults, its averaged weights, where it starts from, and testing alone."""
 
-import functools
 import importlib
 import json
 import math
@@ -10,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import callbacks
 
 from microtune.datamodules.cifar import CIFAR
 from microtune.datamodules.keyword_audio import KeywordFrontEnd
@@ -25,18 +24,18 @@ from microtune.modules.networks.pretrained_weights import NORMALIZATION
 from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.training import training
+from microtune.recipes.training.command_line import called_with
 from microtune.recipes.training.memory_figures import memory_figures, scheme_fits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-FROM_SCRATCH = {"momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1, "learning_rate": 0.1 / 256 * 16}
-UNDER_A_SCHEME = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, "learning_rate": 0.1 / 256 * 16}
 CLASSIFIER = ("net.classifier.1.weight", "net.classifier.1.bias")
 
 
 def main_of(recipe):
-    return importlib.import_module(f"microtune.recipes.{recipe}").main
+    """The recipe, to be called with flat arguments as the command line has them."""
+    main = importlib.import_module(f"microtune.recipes.{recipe}").main
+    return lambda **arguments: called_with(main, arguments)
 
 
 def read_report(folder):
@@ -86,27 +85,28 @@ def weights(finished_runs, unfolded_run):
     }
 
 
-# ---- defaults
+# ---- what the plan says is what is trained
 
 
-@pytest.mark.parametrize(
-    ("start", "scheme", "expected"),
-    [
-        ("none", None, FROM_SCRATCH),
-        ("none", "sub_tensor", UNDER_A_SCHEME),
-        ("folded", None, UNDER_A_SCHEME),
-        ("folded", "classifier", UNDER_A_SCHEME),
-        ("unfolded", None, UNDER_A_SCHEME),
-        ("unfolded", "none", FROM_SCRATCH),
-    ],
-)
-def test_defaults(start, scheme, expected, weights, train, tmp_path):
-    train("train_cifar", weights=str(weights[start]), scheme=scheme)
+def test_hyperparameters_are_those_of_the_plan(weights, train, tmp_path):
+    """Defaults, and a zero that is given; every combination is in test_plan.py."""
+    train("train_cifar", weights=str(weights["folded"]), momentum=0.0, label_smoothing=0.2)
     found = hyperparameters(tmp_path / "run")
+    expected = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.2, "learning_rate": 0.1 / 256 * 16}
     assert {name: found[name] for name in expected} == expected
-    assert found["network"]["folded"] is (expected is UNDER_A_SCHEME)
-    assert (tmp_path / "run/scheme.json").exists() is (expected is UNDER_A_SCHEME)
+    assert found["network"]["folded"] is True
+    assert (tmp_path / "run/scheme.json").exists()
     assert "averaging_state" not in read_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize("recipe", ["train_speech_commands", "train_mswc"])
+def test_speech_from_scratch_has_its_own_learning_rate_and_batch_norm(recipe, limited, train, tmp_path):
+    limited(limit_train_batches=1, limit_val_batches=1)
+    train(recipe)
+    found = hyperparameters(tmp_path / "run")
+    assert found["learning_rate"] == 0.1 * 16 / 32
+    assert (found["momentum"], found["network"]["folded"]) == (0.9, False)
+    assert not (tmp_path / "run/scheme.json").exists()
 
 
 def test_default_scheme_of_weights_is_as_much_as_fits(finished_runs, weights, train, tmp_path):
@@ -114,40 +114,6 @@ def test_default_scheme_of_weights_is_as_much_as_fits(finished_runs, weights, tr
     schemes = [UpdateScheme.load(folder / "scheme.json") for folder in (tmp_path / "run", finished_runs["train_cifar"])]
     assert schemes[0] == schemes[1]
     assert schemes[0].weights
-
-
-@pytest.mark.parametrize("scheme", ["none", "sub_tensor"])
-def test_given_values_win(scheme, train, tmp_path):
-    given = {"momentum": 0.5, "weight_decay": 0.01, "label_smoothing": 0.2, "learning_rate": 0.03}
-    train("train_cifar", scheme=scheme, **given)
-    found = hyperparameters(tmp_path / "run")
-    assert {name: found[name] for name in given} == given
-
-
-def test_zero_is_a_value_too(train, tmp_path):
-    given = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0}
-    train("train_cifar", **given)
-    found = hyperparameters(tmp_path / "run")
-    assert {name: found[name] for name in given} == given
-
-
-@pytest.mark.parametrize(
-    ("recipe", "options", "expected"),
-    [
-        ("train_speech_commands", {}, 0.1 * 16 / 32),
-        ("train_mswc", {}, 0.1 * 16 / 32),
-        ("train_speech_commands", {"learning_rate": 0.02}, 0.02),
-        ("train_speech_commands", {"scheme": "classifier"}, 0.1 / 256 * 16),
-        ("train_speech_commands", {"scheme": "classifier", "accumulate_batches": 2}, 0.1 / 256 * 32),
-        ("train_speech_commands", {"optimizer": "adamw"}, 0.001),
-        ("train_speech_commands", {"optimizer": "adamw", "scheme": "classifier"}, 0.001),
-    ],
-)
-def test_learning_rate_of_speech(recipe, options, expected, monkeypatch, train, tmp_path):
-    """Speech from scratch has its own, of SGD; nothing need be trained to see it."""
-    monkeypatch.setattr(training, "Trainer", functools.partial(Trainer, limit_train_batches=1, limit_val_batches=1))
-    train(recipe, **options)
-    assert hyperparameters(tmp_path / "run")["learning_rate"] == expected
 
 
 # ---- averaged weights
@@ -159,8 +125,8 @@ def test_learning_rate_of_speech(recipe, options, expected, monkeypatch, train, 
 )
 def test_imagenet_from_scratch_has_averaged_weights(options, decays, monkeypatch, train, tmp_path):
     made = []
-    original = training.EMAWeightAveraging
-    monkeypatch.setattr(training, "EMAWeightAveraging", lambda decay: made.append(decay) or original(decay=decay))
+    original = callbacks.EMAWeightAveraging
+    monkeypatch.setattr(callbacks, "EMAWeightAveraging", lambda decay: made.append(decay) or original(decay=decay))
     train("train_imagenet", batch_size=11, **options)  # without a last batch of one, which batch norm refuses
     assert made == decays
     assert ("averaging_state" in read_checkpoint(tmp_path / "run")) is bool(decays)
@@ -231,8 +197,8 @@ def test_width_is_that_of_the_weights(train, tmp_path):
     assert UpdateScheme.load(tmp_path / "second/scheme.json").network == "mobilenet_v2-w0.5"
 
 
-def test_width_and_padding_of_real_weights(shared_data, monkeypatch, train, tmp_path):
-    monkeypatch.setattr(training, "Trainer", functools.partial(Trainer, limit_train_batches=1, limit_val_batches=1))
+def test_width_and_padding_of_real_weights(shared_data, limited, train, tmp_path):
+    limited(limit_train_batches=1, limit_val_batches=1)
     keras = shared_data / "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"
     train("train_cifar", weights=str(keras), scheme="classifier", out_dir=tmp_path / "keras")
     torchvision = shared_data / "weights/mobilenet_v2-b0353104.pth"
@@ -276,10 +242,10 @@ def test_classifier_is_kept_if_its_classes_are_the_same(
         assert other[CLASSIFIER[1]].eq(0).all()  # a fresh one's
 
 
-def test_loss_of_thousand_real_classes(shared_data, monkeypatch, train, tmp_path):
+def test_loss_of_thousand_real_classes(shared_data, limited, train, tmp_path):
     """Fine-tuning of torchvision's weights with their own head and classifier, of which the data is the images."""
     limits = {"limit_train_batches": 3, "limit_val_batches": 1, "limit_test_batches": 2}
-    monkeypatch.setattr(training, "Trainer", functools.partial(Trainer, **limits))
+    limited(**limits)
     weights = shared_data / "weights/mobilenet_v2-b0353104.pth"
     report = train(
         "train_imagenet", data_dir=shared_data / "imagenet", weights=str(weights), resolution=64, scheme="sub_tensor",
@@ -354,9 +320,9 @@ def test_imagenet_of_which_only_val_is_there_is_shared_out_for_training(only_val
     assert f"{only_val / 'train'} is missing and {only_val / 'val'} is shared out" in caplog.text
 
 
-def test_evaluation_of_real_weights(shared_data, monkeypatch, train):
+def test_evaluation_of_real_weights(shared_data, limited, train):
     """torchvision's weights know these images, of which some are their own training images."""
-    monkeypatch.setattr(training, "Trainer", functools.partial(Trainer, limit_val_batches=1, limit_test_batches=3))
+    limited(limit_val_batches=1, limit_test_batches=3)
     weights = shared_data / "weights/mobilenet_v2-b0353104.pth"
     report = train(
         "train_imagenet", data_dir=shared_data / "imagenet", weights=str(weights), resolution=224,
@@ -403,10 +369,10 @@ def test_augmentation_of_cifar(train, weights_of, tmp_path):
 
 
 @pytest.fixture
-def two_steps(monkeypatch):
+def two_steps(limited):
     """Lets runs end after two batches of each split."""
     limits = {"limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
-    monkeypatch.setattr(training, "Trainer", functools.partial(Trainer, **limits))
+    limited(**limits)
 
 
 @pytest.fixture
@@ -559,20 +525,9 @@ def test_scheme_that_fills_leaves_room_for_scores(train):
     assert report["peak_memory_bytes"] < report["rechoosing_peak_memory_bytes"] <= 150_000
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rechoose_every": -1}, "^rechoose_every is -1: give 0 or more$"),
-        ({"choice_samples": 0}, "^choice_samples is 0: give 1 or more$"),
-        ({"rechoose_every": 3, "compile": True}, "^rechoose_every is 3, and a compiled network would be compiled anew"),
-        ({"rechoose_every": 3, "ema_decay": 0.9}, "^ema_decay is 0.9, and averages slices of weights, whose channels "),
-        ({"channel_choice": "taylor", "ema_decay": 0.9}, "^ema_decay is 0.9, and averages slices of weights, whose "),
-        ({"rechoose_every": 3, "scheme": "none"}, "^rechoose_every is 3, but there is nothing to choose: give a --sch"),
-        ({"rechoose_every": 3, "scheme": "biases"}, "^rechoose_every is 3, but there is nothing to choose: give a --s"),
-    ],
-    ids=str,
-)
-def test_choices_that_cannot_be_made_are_refused_before_the_run(options, message, train, tmp_path):
-    with pytest.raises(UserError, match=message):
-        train("train_cifar", **{"scheme": "sub_tensor"} | options)
+def test_choice_that_a_file_leaves_nothing_for_is_refused_before_the_run(train, tmp_path):
+    """What names of schemes say is in test_plan.py."""
+    UpdateScheme("mobilenet_v2-w0.35", 3).save(tmp_path / "biases.json")
+    with pytest.raises(UserError, match=r"^rechoose_every is 3, but there is nothing to choose: "):
+        train("train_cifar", scheme=str(tmp_path / "biases.json"), rechoose_every=3)
     assert not (tmp_path / "run").exists()
