@@ -32,7 +32,7 @@ class TrunkFeatures:
     Samples are augmented in a fixed number of ways: epoch e sees augmentation ``e % copies``. So they can be computed
     once and kept, and kept or not the batches are the same: to the bit where they have 16 samples or more, since
     PyTorch computes smaller ones in another order. Of speech that is mixed with noise single samples may differ by
-    1e-6, as their place in the batch decides whether a logarithm is computed alone or beside others.
+    1e-6, since their place in the batch decides whether PyTorch computes a power alone or beside others.
 
     Args:
         trunk: From ``cut_network``.

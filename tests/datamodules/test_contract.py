@@ -23,7 +23,7 @@ from microtune.recipes.search.trials import TrialSettings, described_by, trials
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "datamodules/README.md").read_text(encoding="utf-8")
-ADDED = "stripes"
+ADDED = "bars"
 NAMES = [*DATA_SETS, ADDED]
 # a fixture with a few made-up samples for each data set that lies in a folder
 FOLDERS = {
@@ -257,10 +257,10 @@ def test_contributions_are_measured_on_what_was_added(checkpoint, tmp_path):
 
 
 def test_networks_are_quantized_by_what_was_added(checkpoint, tmp_path, capsys):
-    out = tmp_path / "stripes.safetensors"
+    out = tmp_path / "bars.safetensors"
     quantize_network.main(str(checkpoint), out, data=ADDED, samples=32)
     graph, _ = read_quantized_network(out)
-    assert graph.class_names == ("horizontal", "vertical", "rising", "falling")
+    assert graph.class_names == ("noise", "rows", "columns", "grid")
     assert graph.normalization is not None
     assert "Top-1 on the validation split of 32 samples" in capsys.readouterr().out
     # and the int8 network takes the same data, normalised as it expects them
