@@ -35,12 +35,12 @@ class TrunkFeatures:
     1e-6, since their place in the batch decides whether PyTorch computes a power alone or beside others.
 
     Args:
-        trunk: From ``cut_network``.
-        data: A data module of this project, set up.
-        copies: How many augmentations of every training sample there are.
-        keep: In memory, on disk, or nowhere.
-        limit_bytes: What may be kept.
-        folder: For what is kept on disk; several processes share it. It must belong to this trunk and this data.
+        trunk: Frozen part of a network, from ``cut_network``.
+        data: Data module, set up.
+        copies: Number of augmentations of every training sample.
+        keep: Where features are kept: in memory, on disk, or nowhere.
+        limit_bytes: Largest size of what is kept.
+        folder: Folder of what is kept on disk; several processes share it. It must belong to this trunk and this data.
 
     Raises:
         UserError: What is to be kept needs more than ``limit_bytes``, or keeping on disk has no folder.
