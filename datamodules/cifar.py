@@ -32,20 +32,21 @@ class CIFAR(LightningDataModule):
     The validation images are taken from the training images.
 
     Args:
-        data_dir: the folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
-        classes: 10 or 100.
-        resolution: height and width of the images, in pixels.
-        batch_size: images in a batch; the last one of an epoch may be smaller.
-        seed: order and augmentation of the training images are functions of (seed, epoch, index).
-        augmentation: of the training images. "shift": moved by up to 4 pixels at 32x32 and half of them mirrored,
-            before they are enlarged. "crop", as Lin et al. train: a random part of at least 8 % of the area, in other
-            colours (``random_views``); evaluation then sees the middle 87.5 % of height and width. "none": as they are.
-        normalization: mean and standard deviation on images from 0 to 1, as the network's weights expect them.
-        download: fetch the data (170 MB) where it is missing.
-        num_workers: processes that load; none is enough, unless a GPU trains faster than one core resizes.
-        validation_fraction: the part of the training images held out for validation; 0 trains on all of them, and
+        data_dir: Folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        classes: Number of classes, 10 or 100.
+        resolution: Height and width of the images, in pixels.
+        batch_size: Number of images in a batch; the last one of an epoch may be smaller.
+        seed: Seed of order and augmentation of the training images, which are functions of (seed, epoch, index).
+        augmentation: Augmentation of the training images. "shift": moved by up to 4 pixels at 32x32 and half of them
+            mirrored, before they are enlarged. "crop", as Lin et al. train: a random part of at least 8 % of the area,
+            in other colours (``random_views``); evaluation then sees the middle 87.5 % of height and width. "none": as
+            they are.
+        normalization: Mean and standard deviation on images from 0 to 1, as the network's weights expect them.
+        download: Whether to fetch the data (170 MB) where it is missing.
+        num_workers: Number of processes that load; none is enough, unless a GPU trains faster than one core resizes.
+        validation_fraction: Fraction of the training images held out for validation; 0 trains on all of them, and
             Lightning then skips validation.
-        split_seed: chooses the validation images.
+        split_seed: Seed that chooses the validation images.
 
     Raises:
         UserError: if the data is missing or is not CIFAR, or an argument is out of its range.
@@ -152,8 +153,8 @@ def download_whole(source: type[CIFAR10], folder: Path) -> None:
     """Download and unpack CIFAR beside ``folder`` and rename it last: what is there under that name is whole.
 
     Args:
-        source: torchvision's class, which knows address, checksum and layout.
-        folder: where the unpacked files shall be.
+        source: Class of torchvision, which knows address, checksum and layout.
+        folder: Folder where the unpacked files shall be.
 
     Raises:
         UserError: if the download fails.
@@ -189,8 +190,8 @@ def read_batch(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Read one file of images.
 
     Args:
-        path: a ``data_batch_*``, ``train`` or ``test`` file.
-        num_classes: 10 or 100.
+        path: File ``data_batch_*``, ``train`` or ``test``.
+        num_classes: Number of classes, 10 or 100.
 
     Returns:
         uint8 pixels of shape (N, 3, 32, 32) and int64 labels of shape (N,).

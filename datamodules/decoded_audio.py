@@ -106,12 +106,12 @@ def decode_clips(
     """Decodes clips, all cores at once and with a progress bar, or takes what an earlier run left on disk.
 
     Args:
-        paths: the files (N,).
-        cache: ``"memory"`` decodes in every process and keeps the clips there; ``"disk"`` decodes once, into a file
+        paths: Files (N,).
+        cache: Where clips are kept: ``"memory"`` decodes in every process, ``"disk"`` once, into a file
             that later runs map into memory: for sets that memory does not hold. 32 kB per clip either way.
-        cache_dir: where that file is written; by default below the user's own cache folder.
-        name: the first part of its name, which goes on with a hash of the clips' paths, sizes and times.
-        skip_broken: leave out what cannot be decoded, and log how many.
+        cache_dir: Folder of that file; by default below the user's own cache folder.
+        name: First part of its name, which goes on with a hash of the clips' paths, sizes and times.
+        skip_broken: Whether to leave out what cannot be decoded, and log how many.
 
     Returns:
         int16 clips of shape (N, 16000), and the indices of those that could be decoded; the others are silent.

@@ -19,14 +19,14 @@ class Digits(LightningDataModule):
     is in the same split whatever the choice: what one run tests on, no other run trained on.
 
     Args:
-        classes: the digits to use; the first is label 0, the second label 1, and so on.
-        resolution: height and width of the images, in pixels.
-        batch_size: images in a batch; the last one of an epoch may be smaller.
-        seed: order and augmentation of the training images are functions of (seed, epoch, index).
-        augment: move each training image by up to one of its 8x8 pixels.
-        normalization: mean and standard deviation on images from 0 to 1, as the network's weights expect them.
-        validation_fraction: the part of the training images held out for validation.
-        split_seed: chooses the test and the validation images.
+        classes: Digits to use; the first is label 0, the second label 1, and so on.
+        resolution: Height and width of the images, in pixels.
+        batch_size: Number of images in a batch; the last one of an epoch may be smaller.
+        seed: Seed of order and augmentation of the training images, which are functions of (seed, epoch, index).
+        augment: Whether to move each training image by up to one of its 8x8 pixels.
+        normalization: Mean and standard deviation on images from 0 to 1, as the network's weights expect them.
+        validation_fraction: Fraction of the training images held out for validation.
+        split_seed: Seed that chooses the test and the validation images.
 
     Raises:
         UserError: if a class is no digit or is named twice, or an argument is out of its range.

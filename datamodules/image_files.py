@@ -41,11 +41,11 @@ class ImageFiles(Dataset):
     """Image files, decoded when asked for and transformed with random numbers that follow from (seed, epoch, index).
 
     Args:
-        paths: the files (N,), an array of text or of bytes.
-        labels: the class of each (N,).
-        transform: makes an opened Pillow image into uint8 pixels of the network's size.
-        seed: the seed of the transform's random numbers.
-        root: the folder that the paths are relative to.
+        paths: Files (N,), an array of text or of bytes.
+        labels: Class of each file (N,).
+        transform: Function that makes an opened Pillow image into uint8 pixels of the network's size.
+        seed: Seed of the transform's random numbers.
+        root: Folder that the paths are relative to.
 
     Raises:
         UserError: when a file that cannot be read is asked for.
@@ -86,9 +86,9 @@ def random_part(image: Image.Image, resolution: int, smallest_crop: float) -> Te
     are returned or more: of a photograph of 12 megapixels that takes less than half the time.
 
     Args:
-        image: an opened image, not yet decoded.
-        resolution: height and width of what is returned, in pixels.
-        smallest_crop: the smallest part, as a fraction of the picture's area.
+        image: Opened image, not yet decoded.
+        resolution: Height and width of what is returned, in pixels.
+        smallest_crop: Smallest part, as a fraction of the picture's area.
 
     Example::
 
@@ -111,9 +111,9 @@ def middle_part(image: Image.Image, resolution: int, short_side: int) -> Tensor:
     """Return the middle of a picture as uint8 pixels (3, resolution, resolution).
 
     Args:
-        image: an opened image.
-        resolution: height and width of what is returned, in pixels.
-        short_side: the size that the picture's shorter side is scaled to before, in pixels.
+        image: Opened image.
+        resolution: Height and width of what is returned, in pixels.
+        short_side: Size that the picture's shorter side is scaled to before, in pixels.
 
     Example::
 
@@ -211,9 +211,9 @@ def find_readable(paths: Iterable[Path], count: int, folder: Path) -> np.ndarray
     """Decode every image and return which ones can be read; one warning counts the others.
 
     Args:
-        paths: the files, of one folder and in order.
-        count: how many they are, for the progress bar.
-        folder: the folder that the warning names.
+        paths: Files of one folder, in order.
+        count: Number of files, for the progress bar.
+        folder: Folder that the warning names.
 
     Returns:
         bool of shape (N,).

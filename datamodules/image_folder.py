@@ -38,20 +38,20 @@ class ImageFolder(LightningDataModule):
     sees a random part of each picture, half of them mirrored; evaluation sees the middle of it.
 
     Args:
-        data_dir: the folder; ``setup`` finds the class names in it, sorted, and ``num_classes``.
-        resolution: height and width of the images, in pixels.
-        batch_size: images in a batch; the last one of an epoch may be smaller.
-        seed: order and augmentation of the training images are functions of (seed, epoch, index).
-        augment: whether training sees random parts, mirrored or not.
-        smallest_crop: the smallest random part, as a fraction of a picture's area. 0.08 is common for large networks
+        data_dir: Folder of the images; ``setup`` finds the class names in it, sorted, and ``num_classes``.
+        resolution: Height and width of the images, in pixels.
+        batch_size: Number of images in a batch; the last one of an epoch may be smaller.
+        seed: Seed of order and augmentation of the training images, which are functions of (seed, epoch, index).
+        augment: Whether training sees random parts, mirrored or not.
+        smallest_crop: Smallest random part, as a fraction of a picture's area. 0.08 is common for large networks
             and data sets; small ones learn better from more of the picture.
-        normalization: mean and standard deviation on images from 0 to 1, as the network's weights expect them.
-        num_workers: processes that decode.
-        skip_broken: leave out files that cannot be read, and log how many; this decodes every file once in ``setup``.
-            Otherwise a file of another kind is an error in ``setup``, and a damaged one when its turn comes.
-        validation_fraction: the part of the training images held out for validation.
-        test_fraction: the part of a single folder of classes that becomes the test split.
-        split_seed: chooses the test and the validation images.
+        normalization: Mean and standard deviation on images from 0 to 1, as the network's weights expect them.
+        num_workers: Number of processes that decode; 0 decodes in this one.
+        skip_broken: Whether to leave out files that cannot be read, and log how many; this decodes every file in
+            ``setup``. Otherwise a file of another kind is an error in ``setup``, and a damaged one when its turn comes.
+        validation_fraction: Fraction of the training images held out for validation.
+        test_fraction: Fraction of a single folder of classes that becomes the test split.
+        split_seed: Seed that chooses the test and the validation images.
 
     Raises:
         UserError: if the folder does not have one of the layouts, a class is empty or differs between training and
@@ -163,9 +163,9 @@ def list_images(folder: Path, skip_broken: bool, at_least: int) -> dict[str, lis
     """Return the sorted image files of each class folder; hidden files and folders are passed over.
 
     Args:
-        folder: the folder of class folders.
-        skip_broken: leave out what cannot be read, and empty folders, instead of raising an error for them.
-        at_least: the images that each class must have.
+        folder: Folder of class folders.
+        skip_broken: Whether to leave out what cannot be read, and empty folders, instead of raising an error for them.
+        at_least: Number of images that each class must have.
 
     Raises:
         UserError: if there are no class folders, a class has too few images, or a file is no image.

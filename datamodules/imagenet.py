@@ -49,23 +49,23 @@ class ImageNet(LightningDataModule):
     picture, half of them mirrored; evaluation sees the middle as those weights were evaluated: 224 of 256 pixels.
 
     Args:
-        data_dir: the folder that holds ``train/`` and ``val/`` with a folder per class (``n01440764``) in each, or
+        data_dir: Folder that holds ``train/`` and ``val/`` with a folder per class (``n01440764``) in each, or
             the archives ``ILSVRC2012_img_train.tar``, ``ILSVRC2012_img_val.tar`` and
             ``ILSVRC2012_devkit_t12.tar.gz``, which ``prepare_data`` unpacks (150 GB beside the archives).
-        resolution: height and width of the images, in pixels.
-        batch_size: images in a batch; the last one of an epoch may be smaller.
-        seed: order and augmentation of the training images are functions of (seed, epoch, index).
-        augment: whether training sees random parts, mirrored or not.
-        smallest_crop: the smallest random part, as a fraction of a picture's area.
-        normalization: mean and standard deviation on images from 0 to 1, as the network's weights expect them.
-        num_workers: processes that decode.
-        skip_broken: leave out files that cannot be read, and log how many; this decodes every file once in ``setup``.
-            Otherwise a file of another kind is an error in ``setup``, and a damaged one when its turn comes.
-        evaluate_only: train nothing: ``train/`` is not needed, and not read. All of ``val/`` is the test split, and
-            the validation split is a random tenth of it, by which nothing may be chosen. Otherwise, where only
-            ``val/`` is there, it is shared out at random: 80 % to train, 10 % to validate and 10 % to test.
-        validation_fraction: the part of ``train/`` held out for validation; a class of one image stays in training.
-        split_seed: chooses the validation images, and what ``val/`` is shared out to.
+        resolution: Height and width of the images, in pixels.
+        batch_size: Number of images in a batch; the last one of an epoch may be smaller.
+        seed: Seed of order and augmentation of the training images, which are functions of (seed, epoch, index).
+        augment: Whether training sees random parts, mirrored or not.
+        smallest_crop: Smallest random part, as a fraction of a picture's area.
+        normalization: Mean and standard deviation on images from 0 to 1, as the network's weights expect them.
+        num_workers: Number of processes that decode; 0 decodes in this one.
+        skip_broken: Whether to leave out files that cannot be read, and log how many; this decodes every file in
+            ``setup``. Otherwise a file of another kind is an error in ``setup``, and a damaged one when its turn comes.
+        evaluate_only: Whether to train nothing: ``train/`` is not needed, and not read. All of ``val/`` is the test
+            split, and the validation split is a random tenth of it, by which nothing may be chosen. Otherwise, where
+            only ``val/`` is there, it is shared out at random: 80 % to train, 10 % to validate and 10 % to test.
+        validation_fraction: Fraction of ``train/`` held out for validation; a class of one image stays in training.
+        split_seed: Seed that chooses the validation images, and what ``val/`` is shared out to.
 
     Raises:
         UserError: if the data is missing, an archive is not the official one, a folder is none of the 1000 classes or
@@ -197,10 +197,10 @@ class LabelledNames(NamedTuple):
     """The images of a folder of class folders, by name.
 
     Args:
-        folder: the folder.
-        names: ``class/file`` of each image (N,). An array of bytes: 1.28 million names take 40 MB, of text four times
-            as much, and as a list they would be copied by each worker as it counts references.
-        labels: the class of each image (N,).
+        folder: Folder of class folders.
+        names: Path ``class/file`` of each image (N,). An array of bytes: 1.28 million names take 40 MB, of text four
+            times as much, and as a list they would be copied by each worker as it counts references.
+        labels: Class of each image (N,).
 
     Example::
 
@@ -231,8 +231,9 @@ def list_images_by_wnid(folder: Path, skip_broken: bool) -> LabelledNames:
     """List the images of the class folders, sorted; hidden files and folders are passed over.
 
     Args:
-        folder: the folder of class folders, each named by its WordNet identifier.
-        skip_broken: leave out what cannot be read, instead of raising an error for what is no image by its name.
+        folder: Folder of class folders, each named by its WordNet identifier.
+        skip_broken: Whether to leave out what cannot be read, instead of raising an error for what is no image by its
+            name.
 
     Raises:
         UserError: if a folder is none of the 1000 classes or is empty, there is none, or a file is no image.

@@ -51,9 +51,9 @@ def normalized(pixels: Tensor, white: int, normalization: Normalization) -> Tens
     """Return pixels as a network takes them: float32, ``(pixels / white - mean) / std``, channels last in memory.
 
     Args:
-        pixels: images of shape (N, C, H, W), from 0 to ``white``.
-        white: the value of a white pixel: 255 of a photograph.
-        normalization: mean and standard deviation on images from 0 to 1, one value each or one per channel.
+        pixels: Images of shape (N, C, H, W), from 0 to ``white``.
+        white: Value of a white pixel: 255 of a photograph.
+        normalization: Mean and standard deviation on images from 0 to 1, one value each or one per channel.
 
     Example::
 
@@ -70,12 +70,12 @@ def shifted(pixels: Tensor, seed: int, epochs: np.ndarray, indices: np.ndarray, 
     This is a random crop after padding, drawn by (seed, epoch, index) for the whole batch at once.
 
     Args:
-        pixels: images of shape (N, C, H, W).
-        seed: the seed of the augmentation.
-        epochs: the epoch of each image (N,).
-        indices: the number of each image (N,).
-        shift_px: the farthest an image is moved, in pixels.
-        flip: whether to mirror any.
+        pixels: Images of shape (N, C, H, W).
+        seed: Seed of the augmentation.
+        epochs: Epoch of each image (N,).
+        indices: Index of each image (N,).
+        shift_px: Farthest that an image is moved, in pixels.
+        flip: Whether half of the images are mirrored.
 
     Example::
 
@@ -102,12 +102,12 @@ def random_views(
     here the images change as they are held, many times faster, and contrast turns about the mean of the whole image.
 
     Args:
-        pixels: images of shape (N, 3, S, S), from 0 to ``white``.
-        epochs: the epoch of each image (N,).
-        indices: the number of each image (N,).
-        seed: the seed of the augmentation.
-        resolution: height and width of what is returned, in pixels.
-        white: the value of a white pixel.
+        pixels: Images of shape (N, 3, S, S), from 0 to ``white``.
+        epochs: Epoch of each image (N,).
+        indices: Index of each image (N,).
+        seed: Seed of the augmentation.
+        resolution: Height and width of what is returned, in pixels.
+        white: Value of a white pixel.
 
     Returns:
         float32 pixels of shape (N, 3, resolution, resolution), from 0 to ``white``.
@@ -136,8 +136,9 @@ def random_boxes(draws: np.ndarray, side_px: int) -> np.ndarray:
     whole pixels. Where a box does not fit, the next of ten is tried; where none does, the box is the whole image.
 
     Args:
-        draws: uniform in [0, 1), of shape (N, 22): ten areas, ten aspect ratios, and the place from top and left.
-        side_px: height and width of the image.
+        draws: Random numbers, uniform in [0, 1), of shape (N, 22): ten areas, ten aspect ratios, and the place from top
+            and left.
+        side_px: Height and width of the image.
 
     Returns:
         int64 of shape (N, 4): top, left, height and width in pixels.
@@ -163,10 +164,10 @@ def jittered(pixels: Tensor, factors: Tensor, order: Tensor, white: float) -> Te
     mean of the grey image, or the grey image.
 
     Args:
-        pixels: colour images of shape (N, 3, H, W), floats from 0 to ``white``.
-        factors: float32 of shape (N, 3): of brightness, contrast and saturation.
-        order: int64 of shape (N, 3): which of the three comes first, second and third.
-        white: the value of a white pixel.
+        pixels: Colour images of shape (N, 3, H, W), floats from 0 to ``white``.
+        factors: Factors of brightness, contrast and saturation, float32 of shape (N, 3).
+        order: Which of the three comes first, second and third, int64 of shape (N, 3).
+        white: Value of a white pixel.
 
     Example::
 
@@ -190,10 +191,10 @@ def resized_boxes(pixels: Tensor, boxes: Tensor, mirrored: Tensor, resolution: i
     weighted sum over rows and one over columns, which as matrix products of the whole batch take few milliseconds.
 
     Args:
-        pixels: float32 images of shape (N, C, H, W).
-        boxes: int64 of shape (N, 4): top, left, height and width of each part in pixels.
-        mirrored: bool of shape (N,).
-        resolution: height and width of what is returned, in pixels.
+        pixels: Images, float32 of shape (N, C, H, W).
+        boxes: Top, left, height and width of each part in pixels, int64 of shape (N, 4).
+        mirrored: Whether each part is mirrored, bool of shape (N,).
+        resolution: Height and width of what is returned, in pixels.
 
     Example::
 
@@ -222,10 +223,10 @@ def middle_views(pixels: Tensor, epochs: np.ndarray, indices: np.ndarray, resolu
     """Return the middle 87.5 % of the images' height and width, as Lin et al. evaluate, in float32.
 
     Args:
-        pixels: images of shape (N, C, S, S).
-        epochs: has no part in it.
-        indices: has no part in it.
-        resolution: height and width of what is returned, in pixels.
+        pixels: Images of shape (N, C, S, S).
+        epochs: Epoch of each image (N,), without influence.
+        indices: Index of each image (N,), without influence.
+        resolution: Height and width of what is returned, in pixels.
 
     Example::
 
@@ -252,16 +253,17 @@ class ImagesInMemory(Dataset):
     A whole batch at once, because image by image the same work takes several times as long.
 
     Args:
-        pixels: uint8 images of shape (N, C, H, W), from 0 to ``white``.
-        labels: the class of each image, int64 of shape (N,).
-        resolution: height and width of the images handed out, in pixels.
-        white: the value of a white pixel.
-        normalization: mean and standard deviation on images from 0 to 1, one value each or one per channel.
-        seed: the seed of the augmentation, or None for none.
-        shift_px: the farthest an image is moved, in pixels of the images as they are held.
-        flip: whether half of the images are mirrored.
-        view: makes of pixels, epochs (N,) and indices (N,) the pixels that are seen, still from 0 to ``white`` but of
-            any size, in place of moving and mirroring: ``random_views`` or ``middle_views`` with their last arguments.
+        pixels: Images, uint8 of shape (N, C, H, W), from 0 to ``white``.
+        labels: Class of each image, int64 of shape (N,).
+        resolution: Height and width of the images handed out, in pixels.
+        white: Value of a white pixel.
+        normalization: Mean and standard deviation on images from 0 to 1, one value each or one per channel.
+        seed: Seed of the augmentation, or None for none.
+        shift_px: Farthest that an image is moved, in pixels of the images as they are held.
+        flip: Whether half of the images are mirrored.
+        view: Function of pixels, epochs (N,) and indices (N,) to the pixels that are seen, still from 0 to ``white``
+            but of any size, in place of moving and mirroring: ``random_views`` or ``middle_views`` with their last
+            arguments.
 
     Example::
 

@@ -30,16 +30,17 @@ class TrunkFeatures:
     """Batches of a data module's samples as a frozen trunk passes them on.
 
     Samples are augmented in a fixed number of ways: epoch e sees augmentation ``e % copies``. So they can be computed
-    once and kept, and kept or not the batches are the same; to the bit where they have 16 samples or more, since
-    PyTorch computes smaller ones in another order.
+    once and kept, and kept or not the batches are the same: to the bit where they have 16 samples or more, since
+    PyTorch computes smaller ones in another order. Of speech that is mixed with noise single samples may differ by
+    1e-6, since their place in the batch decides whether PyTorch computes a power alone or beside others.
 
     Args:
-        trunk: From ``cut_network``.
-        data: A data module of this project, set up.
-        copies: How many augmentations of every training sample there are.
-        keep: In memory, on disk, or nowhere.
-        limit_bytes: What may be kept.
-        folder: For what is kept on disk; several processes share it. It must belong to this trunk and this data.
+        trunk: Frozen part of a network, from ``cut_network``.
+        data: Data module, set up.
+        copies: Number of augmentations of every training sample.
+        keep: Where features are kept: in memory, on disk, or nowhere.
+        limit_bytes: Largest size of what is kept.
+        folder: Folder of what is kept on disk; several processes share it. It must belong to this trunk and this data.
 
     Raises:
         UserError: What is to be kept needs more than ``limit_bytes``, or keeping on disk has no folder.

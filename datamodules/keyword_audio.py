@@ -32,10 +32,10 @@ class KeywordClips(Dataset):
     """Decoded clips, handed out in whole batches with the random numbers that augment them.
 
     Args:
-        clips: int16 of shape (clips, 16000), in memory or mapped from disk.
-        rows: which of them are in this split (N,).
-        labels: the class of each of these (N,).
-        seed: the seed of the augmentation, or None for none.
+        clips: Clips, int16 of shape (clips, 16000), in memory or mapped from disk.
+        rows: Which of them are in this split (N,).
+        labels: Class of each of these (N,).
+        seed: Seed of the augmentation, or None for none.
 
     Example::
 
@@ -76,15 +76,15 @@ class KeywordFrontEnd(nn.Module):
     and masked in time and frequency (SpecAugment, Park et al., 2019, without its warping).
 
     Args:
-        n_mels: mel bands.
-        hop_ms: from one window to the next, in milliseconds.
-        noise: recordings of background noise, int16 of shape (samples,), of a second or more; or None for none.
-        shift_ms: the farthest that a clip is moved, either way.
-        noise_fraction: the part of the clips that noise is mixed into.
-        snr_db: the lowest and the highest signal-to-noise ratio, in decibels.
-        masks: how many masks of each kind, 0 to 2.
-        time_mask_ms: the widest mask in time.
-        mel_mask: the widest mask in frequency, in bands.
+        n_mels: Number of mel bands.
+        hop_ms: Time from one window to the next, in milliseconds.
+        noise: Recordings of background noise, int16 of shape (samples,), of a second or more; or None for none.
+        shift_ms: Farthest that a clip is moved, either way, in milliseconds.
+        noise_fraction: Fraction of the clips that noise is mixed into.
+        snr_db: Lowest and highest signal-to-noise ratio, in decibels.
+        masks: Number of masks of each kind, 0 to 2.
+        time_mask_ms: Widest mask in time, in milliseconds.
+        mel_mask: Widest mask in frequency, in bands.
 
     Raises:
         UserError: if an argument is out of its range, or the noise is shorter than a second.
@@ -191,10 +191,10 @@ def masked(spectrograms: Tensor, draws: Tensor, dim: int, widest: int) -> Tensor
     torchaudio's masks draw from the global random numbers, these from what belongs to (seed, epoch, index).
 
     Args:
-        spectrograms: of shape (N, frames, bands).
-        draws: width and place of each stripe, as fractions (N, 2).
-        dim: 1 masks frames, 2 masks bands.
-        widest: the widest stripe.
+        spectrograms: Spectrograms of shape (N, frames, bands).
+        draws: Width and place of each stripe, as fractions (N, 2).
+        dim: Dimension that is masked: 1 masks frames, 2 masks bands.
+        widest: Widest stripe, in frames or bands.
 
     Example::
 

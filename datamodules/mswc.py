@@ -42,27 +42,28 @@ class MSWC(LightningDataModule):
     Training clips are moved in time, mixed with noise and masked (see ``KeywordFrontEnd``).
 
     Args:
-        data_dir: the folder with a folder per language.
-        languages: their codes; with several, classes are called ``<language>/<word>``.
-        words: the classes, in this order, each ``<word>`` or ``<language>/<word>``; or None for
-        num_words: as many of the words with the most training clips, over all languages; or None for all. These are
+        data_dir: Folder with a folder per language.
+        languages: Codes of the languages; with several, classes are called ``<language>/<word>``.
+        words: Words that are the classes, in this order, each ``<word>`` or ``<language>/<word>``; or None to take
+            ``num_words``.
+        num_words: Number of words, those with the most training clips over all languages; or None for all. These are
             sorted, and words without training or test clips are passed over.
-        unknown: add a last class, ``_unknown_``, of clips of the other words: in each split as many as a chosen word
-            has on average.
-        shots: training clips per class, drawn by ``seed``; or None for all.
-        splits_dir: the folder of the csv files, or of a folder of them per language, if not beside the audio.
-        noise_dir: a folder of WAV files that training clips are mixed with; or None for generated noise.
-        archives: tar files that ``prepare_data`` unpacks into ``data_dir``, each once.
-        batch_size: clips in a batch; the last one of an epoch may be smaller.
-        seed: order, augmentation and shots of the training clips are functions of it.
-        augment: whether to change the training clips.
-        n_mels: mel bands of a spectrogram.
-        hop_ms: from one of its frames to the next, in milliseconds.
-        cache: where decoded clips are kept, ``"memory"`` or ``"disk"``, 32 kB each.
-        cache_dir: where on disk; by default below the user's own cache folder.
-        skip_broken: leave out clips that cannot be decoded, and log how many.
-        num_workers: processes that load; none is enough.
-        split_seed: draws the clips of unknown words.
+        unknown: Whether to add a last class, ``_unknown_``, of clips of the other words: in each split as many as a
+            chosen word has on average.
+        shots: Number of training clips per class, drawn by ``seed``; or None for all.
+        splits_dir: Folder of the csv files, or of a folder of them per language, if not beside the audio.
+        noise_dir: Folder of WAV files that training clips are mixed with; or None for generated noise.
+        archives: Tar files that ``prepare_data`` unpacks into ``data_dir``, each once.
+        batch_size: Number of clips in a batch; the last one of an epoch may be smaller.
+        seed: Seed of order, augmentation and shots of the training clips.
+        augment: Whether to move, mix with noise and mask the training clips.
+        n_mels: Number of mel bands of a spectrogram.
+        hop_ms: Time from one of its frames to the next, in milliseconds.
+        cache: Where decoded clips are kept, ``"memory"`` or ``"disk"``, 32 kB each.
+        cache_dir: Folder of those on disk; by default below the user's own cache folder.
+        skip_broken: Whether to leave out clips that cannot be decoded, and log how many.
+        num_workers: Number of processes that load; none is enough, as the clips are decoded before.
+        split_seed: Seed that draws the clips of unknown words.
 
     Raises:
         UserError: if files are missing or are not MSWC's, a word is not there, or an argument is out of its range.

@@ -25,11 +25,11 @@ def choose_words(
     """The words that become classes, as indices into ``splits.words``, in the order of the classes.
 
     Args:
-        splits: what there is.
-        languages: the codes of its languages.
-        words: these, in this order, each ``<word>`` or ``<language>/<word>``; or None for
-        num_words: as many of those with the most training clips; or None for all. These are sorted, and words that
-            lack training or test clips are passed over.
+        splits: Valid clips of the languages.
+        languages: Codes of its languages.
+        words: Words to choose, in this order, each ``<word>`` or ``<language>/<word>``; or None to take ``num_words``.
+        num_words: Number of words, those with the most training clips; or None for all. These are sorted, and words
+            that lack training or test clips are passed over.
 
     Raises:
         UserError: if a word is not there, is there in several languages or given twice, or there are too few.
@@ -83,10 +83,10 @@ def choose_clips(
     """The clips of the chosen words, and with ``unknown`` as many of the other words as a chosen one has on average.
 
     Args:
-        splits: what there is.
-        chosen: the words, as indices into ``splits.words``; the class of each is its place.
-        unknown: whether the other words make a class, the last.
-        split_seed: draws the clips of the other words.
+        splits: Valid clips of the languages.
+        chosen: Chosen words, as indices into ``splits.words``; the class of each is its place.
+        unknown: Whether the other words make a class, the last.
+        split_seed: Seed that draws the clips of the other words.
 
     Returns:
         The clips, ascending indices into ``splits.links`` (N,), and their classes (N,).

@@ -37,9 +37,9 @@ def unpack_mswc(archive: Path, data_dir: Path, languages: Sequence[str]) -> None
     folder marks what was unpacked, and a second call does nothing.
 
     Args:
-        archive: a tar file, compressed or not.
-        data_dir: where the languages' folders are, or will be.
-        languages: those the archive may hold.
+        archive: Tar file, compressed or not.
+        data_dir: Folder where the languages' folders are, or will be.
+        languages: Codes of the languages that the archive may hold.
 
     Raises:
         UserError: if the archive cannot be read, is not MSWC's, or a file of it is there with other contents.
@@ -150,9 +150,9 @@ def find_clips(splits: Splits, rows: np.ndarray, data_dir: Path) -> tuple[list[P
     """Finds the files of clips, in whichever layout each language has.
 
     Args:
-        splits: what the csv files name.
-        rows: the clips to look for, indices into ``splits.links`` (N,).
-        data_dir: the folder with a folder per language.
+        splits: Clips that the csv files name.
+        rows: Clips to look for, indices into ``splits.links`` (N,).
+        data_dir: Folder with a folder per language.
 
     Returns:
         The files that are there, and a mask of them (N,).

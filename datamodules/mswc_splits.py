@@ -24,10 +24,10 @@ class Splits:
     """The valid clips that csv files name.
 
     Args:
-        links: the LINK of each clip (N,), ``<word>/<clip>.opus``.
-        words: the words, each ``<language>/<word>`` in normal form C (W,).
-        word_of: the word of each clip, as an index into ``words`` (N,).
-        split_of: the split of each clip, as an index into ``SPLITS`` (N,).
+        links: LINK of each clip (N,), ``<word>/<clip>.opus``.
+        words: Words, each ``<language>/<word>`` in normal form C (W,).
+        word_of: Word of each clip, as an index into ``words`` (N,).
+        split_of: Split of each clip, as an index into ``SPLITS`` (N,).
     """
 
     links: list[str]
@@ -45,8 +45,8 @@ def read_languages(languages: Sequence[str], folders: dict[str, list[Path]]) -> 
     """Reads the splits of several languages.
 
     Args:
-        languages: their codes.
-        folders: for each, where its csv files may lie; the first folder that holds them is read.
+        languages: Codes of the languages.
+        folders: Folders where the csv files of each may lie; the first that holds them is read.
 
     Raises:
         UserError: as ``find_tables`` and ``read_tables``.
@@ -70,9 +70,9 @@ def find_tables(language: str, folders: Sequence[Path], alone: bool = True) -> l
     """The csv files of a language, each with its split, which is None where a column SET tells it.
 
     Args:
-        language: its code.
-        folders: where they may lie.
-        alone: whether there is no other language, whose files could be called ``train.csv`` as well; else only those
+        language: Code of the language.
+        folders: Folders where they may lie.
+        alone: Whether there is no other language, whose files could be called ``train.csv`` as well; else only those
             in a folder with the language's name are taken for its own.
 
     Raises:

@@ -25,10 +25,10 @@ def random_bits(seed: int, epochs: np.ndarray | int, indices: np.ndarray, draws:
     The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied once per part of the key.
 
     Args:
-        seed: any integer.
-        epochs: the epoch, or one per sample (N,).
-        indices: the samples' numbers, int64 of shape (N,).
-        draws: how many numbers each sample gets.
+        seed: Seed, any integer.
+        epochs: Epoch, or one per sample (N,).
+        indices: Indices of the samples, int64 of shape (N,).
+        draws: Number of random numbers that each sample gets.
 
     Returns:
         uint64 of shape (N, draws).
@@ -86,8 +86,8 @@ class ReproducibleOrder(DistributedSampler):
     samples where their number is no multiple of the processes'.
 
     Args:
-        dataset: a data set with a length, whose ``__getitem__`` or ``__getitems__`` takes ``(epoch, index)`` pairs.
-        seed: any integer; the same seed gives the same orders.
+        dataset: Data set with a length, whose ``__getitem__`` or ``__getitems__`` takes ``(epoch, index)`` pairs.
+        seed: Seed, any integer; the same one gives the same orders.
 
     Example::
 
@@ -115,7 +115,7 @@ class EvaluationOrder(DistributedSampler):
     Lightning's own would repeat samples until all processes have as many, and count them twice in the accuracy.
 
     Args:
-        dataset: a data set with a length.
+        dataset: Data set with a length.
 
     Example::
 
@@ -159,9 +159,9 @@ def stratified_split(labels: np.ndarray, held_out_fraction: float, split_seed: i
     A class of two samples or more has at least one on either side.
 
     Args:
-        labels: the class of each sample, integers of shape (N,).
-        held_out_fraction: the part to hold out, above 0 and below 1.
-        split_seed: chooses the samples; the seed of the training has no part in it.
+        labels: Class of each sample, integers of shape (N,).
+        held_out_fraction: Fraction to hold out, above 0 and below 1.
+        split_seed: Seed that chooses the samples; the seed of the training has no part in it.
 
     Returns:
         The sorted indices kept and held out.
@@ -191,11 +191,12 @@ def data_loader(
     """Return a loader in reproducible order, which draws nothing from torch's global random state.
 
     Args:
-        dataset: what to load; see ``ReproducibleOrder`` for the keys it is asked for.
-        batch_size: samples in a batch; the last one may be smaller, but in training it is left out if it is one sample.
-        shuffle_seed: the seed of the shuffling, or None for the data set's own order.
-        num_workers: processes that load; the batches do not depend on it.
-        collate: makes the batch of what the data set returns; by default the data set returns whole batches.
+        dataset: Data set to load; see ``ReproducibleOrder`` for the keys it is asked for.
+        batch_size: Number of samples in a batch; the last one may be smaller, but of one sample it is left out in
+            training.
+        shuffle_seed: Seed of the shuffling, or None for the data set's own order.
+        num_workers: Number of processes that load; the batches do not depend on it.
+        collate: Function that makes the batch of what the data set returns; by default that is a whole batch.
 
     Example::
 

@@ -62,22 +62,23 @@ class SpeechCommands(LightningDataModule):
     for the test; the first eight are also the noise that training clips are mixed with (see ``KeywordFrontEnd``).
 
     Args:
-        data_dir: the folder that holds, or shall hold, ``SpeechCommands/speech_commands_v0.02`` (or ``v0.01``).
-        task: ``"words10"``, ten commands; ``"words12"``, these, other words and silence, a tenth as many of each as
-            there are commands; or ``"all"``, every word there is, 35 in version 2 and 30 in version 1.
-        version: 1 or 2.
-        batch_size: clips in a batch; the last one of an epoch may be smaller.
-        seed: order and augmentation of the training clips are functions of (seed, epoch, index).
-        augment: whether to move, mix with noise and mask the training clips.
-        n_mels: mel bands.
-        hop_ms: from one window of the spectrogram to the next, in milliseconds.
-        cache: ``"memory"`` decodes once per process and keeps the clips there, ``"disk"`` in a file for later runs.
-        cache_dir: the folder of that file; by default below the user's own cache folder.
-        download: fetch the data (2.4 GB, version 1: 1.5 GB) where it is missing.
-        skip_broken: leave out clips that cannot be decoded or whose name has no speaker, lines of the lists that name
-            no clip, and empty folders, and log how many.
-        num_workers: processes that load; none is enough, as the clips are decoded before.
-        split_seed: chooses the other words and the silence of ``"words12"``.
+        data_dir: Folder that holds, or shall hold, ``SpeechCommands/speech_commands_v0.02`` (or ``v0.01``).
+        task: Words to tell apart: ``"words10"``, ten commands; ``"words12"``, these, other words and silence, a tenth
+            as many of each as there are commands; or ``"all"``, every word there is, 35 in version 2 and 30 in version
+            1.
+        version: Version of the data set, 1 or 2.
+        batch_size: Number of clips in a batch; the last one of an epoch may be smaller.
+        seed: Seed of order and augmentation of the training clips, which are functions of (seed, epoch, index).
+        augment: Whether to move, mix with noise and mask the training clips.
+        n_mels: Number of mel bands.
+        hop_ms: Time from one window of the spectrogram to the next, in milliseconds.
+        cache: Where decoded clips are kept: ``"memory"`` of each process, or a file on ``"disk"`` for later runs.
+        cache_dir: Folder of that file; by default below the user's own cache folder.
+        download: Whether to fetch the data (2.4 GB, version 1: 1.5 GB) where it is missing.
+        skip_broken: Whether to leave out clips that cannot be decoded or whose name has no speaker, lines of the lists
+            that name no clip, and empty folders, and log how many.
+        num_workers: Number of processes that load; none is enough, as the clips are decoded before.
+        split_seed: Seed that chooses the other words and the silence of ``"words12"``.
 
     Raises:
         UserError: if the data is missing or not as its makers left it, or an argument is out of its range.
@@ -218,9 +219,9 @@ class ClipsAndNoise:
     """Decoded clips, and behind them seconds of background noise; neither is copied before it is asked for.
 
     Args:
-        clips: int16 of shape (clips, 16000), in memory or mapped from disk.
-        noise: int16 of shape (samples,), a second or more.
-        starts: where in it each second begins (N,).
+        clips: Clips, int16 of shape (clips, 16000), in memory or mapped from disk.
+        noise: Background noise, int16 of shape (samples,), a second or more.
+        starts: Where in it each second begins (N,).
 
     Example::
 
@@ -251,7 +252,7 @@ def download_whole(folder: Path) -> None:
     torchaudio's own download unpacks in place, and takes what an interrupted one left for the data set.
 
     Args:
-        folder: where the unpacked files shall be; its name tells the version.
+        folder: Folder where the unpacked files shall be; its name tells the version.
 
     Raises:
         UserError: if the download fails, its SHA-256 is another, or it cannot be unpacked.
@@ -282,9 +283,9 @@ def list_clips(folder: Path, version: int, skip_broken: bool) -> dict[str, str]:
     """Return the speaker of each clip, the clips sorted; hidden files and folders are passed over.
 
     Args:
-        folder: the folder of the words' folders.
-        version: 1 or 2.
-        skip_broken: leave out empty folders and files whose name has no speaker, and log how many.
+        folder: Folder of the words' folders.
+        version: Version of the data set, 1 or 2.
+        skip_broken: Whether to leave out empty folders and files whose name has no speaker, and log how many.
 
     Raises:
         UserError: if there are not two words, a folder is none of the data set's words or empty, or the name of a file
@@ -329,9 +330,9 @@ def read_splits(folder: Path, clips: Iterable[str], skip_broken: bool) -> dict[s
     """Return the split of each clip: ``"val"`` or ``"test"`` where a list names it, else ``"train"``.
 
     Args:
-        folder: the folder with ``validation_list.txt`` and ``testing_list.txt``.
-        clips: every clip's word and file name.
-        skip_broken: pass over lines that name no clip, and log how many.
+        folder: Folder with ``validation_list.txt`` and ``testing_list.txt``.
+        clips: Word and file name of every clip.
+        skip_broken: Whether to pass over lines that name no clip, and log how many.
 
     Raises:
         UserError: if a list is missing, names no clip or one of the other list, or leaves the folder.
@@ -370,8 +371,8 @@ def check_speakers(speakers: dict[str, str], split_of: dict[str, str]) -> None:
     """Refuse splits that share a speaker: a network would be tested on voices that it knows.
 
     Args:
-        speakers: the speaker of each clip.
-        split_of: the split of each clip.
+        speakers: Speaker of each clip.
+        split_of: Split of each clip.
 
     Raises:
         UserError: if they do; it names the speaker and two clips.
@@ -396,11 +397,11 @@ def choose_clips(
     """Return the clips of a split that a task uses, and their labels.
 
     Args:
-        paths: the clips of the split.
-        words: the classes, in the order of their labels.
-        with_unknown: whether to add a class of other words, at most a tenth as many clips as there are of ``words``,
+        paths: Clips of the split.
+        words: Words that are the classes, in the order of their labels.
+        with_unknown: Whether to add a class of other words, at most a tenth as many clips as there are of ``words``,
             as TensorFlow's ``speech_commands/input_data.py`` does.
-        split_seed: chooses these.
+        split_seed: Seed that chooses these.
 
     Example::
 
@@ -422,9 +423,9 @@ def read_noise(folder: Path, task: Task, skip_broken: bool) -> dict[str, np.ndar
     """Read recordings of background noise and divide each in time, so that no sound is in two splits.
 
     Args:
-        folder: the folder of the recordings.
-        task: for ``"words12"`` every split needs a second or more of it, else training.
-        skip_broken: leave out recordings that cannot be read, and log how many.
+        folder: Folder of the recordings.
+        task: Task that it is for: ``"words12"`` needs a second or more in every split, the others in training.
+        skip_broken: Whether to leave out recordings that cannot be read, and log how many.
 
     Returns:
         The splits' noise, int16 of shape (samples,); if there are no recordings, which is logged, generated noise for

@@ -73,17 +73,17 @@ def main(
         data: Name of the data set whose training split, not augmented unless data_options ask for it, is what ranges
             are taken from. What the source's classifier was trained on, or what is to be learnt; then the classifier
             stays in floating point.
-        data_dir: Its folder.
+        data_dir: Folder of the data set.
         data_options: Further arguments of the data module.
         resolution: Height and width of images, in pixels; by default what a checkpoint was trained on, else 96. Speech
             has the shape of its spectrograms.
         width: Multiplier of the network's channels; by default that of the source.
         head_convolution: Whether the network has its last 1x1 convolution.
-        samples: How many of the training split ranges are taken from.
-        estimator: Of these ranges: mse (which clips) or min_max. Both are measured, this one is written.
-        batch_size: Samples that are computed at once.
-        seed: Chooses the samples, and of a fresh classifier the weights.
-        overwrite: Replace the file if it exists.
+        samples: Number of training samples that ranges are taken from.
+        estimator: Way to estimate ranges: mse (which clips) or min_max. Both are measured, this one is written.
+        batch_size: Number of samples that are computed at once.
+        seed: Seed that chooses the samples, and the weights of a fresh classifier.
+        overwrite: Whether to replace the file if it exists.
     """
     check_at_least_one(samples=samples, batch_size=batch_size, resolution=resolution)
     check_ranges({"seed": seed})
@@ -169,8 +169,8 @@ class TrainingSamples:
     """The first samples of a data module's training split in its order, as batches; every pass gives the same.
 
     Args:
-        data: Set up.
-        count: How many samples.
+        data: Data module, set up.
+        count: Number of samples.
 
     Example::
 

@@ -37,7 +37,7 @@ class TrialSettings:
 
     Args:
         data: Name of the data set.
-        data_dir: Its folder.
+        data_dir: Folder of the data set.
         data_options: Further arguments of the data module.
         weights: To start from; none for an int8 network, which has its own.
         width: Multiplier of the network's channels; by default that of the weights, and 0.35 without.

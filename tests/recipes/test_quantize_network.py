@@ -15,7 +15,7 @@ from microtune.modules.int8.post_training_quantization import calibrate, quantiz
 from microtune.modules.int8.published_networks import read_published_network
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
 from microtune.modules.networks.mobilenet_v2 import build_network
-from microtune.recipes.quantize_network import CLASSES, RECIPES, TrainingSamples, channels_near_zero, not_augmented
+from microtune.recipes.quantize_network import TrainingSamples, channels_near_zero
 
 NETWORK = {"width": 0.1, "num_classes": 10, "in_channels": 1, "folded": False}
 PICKLE = "weights/mbv2-w0.35.pkl"
@@ -170,13 +170,6 @@ def test_keras_weights_are_quantized_without_their_classifier(command, shared_da
 
 def test_channels_near_zero_are_those_that_scaling_leaves_out():
     assert channels_near_zero(torch.tensor([1.0, 1.0, 1.0, 1.0, 0.011, 0.009, 1e-9])) == 2
-
-
-def test_every_data_set_can_be_shown_as_it_is_and_has_a_recipe():
-    for data in CLASSES:
-        ((option, value),) = not_augmented(data).items()
-        assert (option, value) in [("augment", False), ("augmentation", "none")]
-    assert RECIPES.keys() == CLASSES.keys() - {"digits"}
 
 
 class Hostile:
