@@ -22,7 +22,7 @@ from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.studies import benchmark_search
 from microtune.recipes.studies.benchmark_search import draw_accuracy_level, made_table
-from microtune.recipes.training.command_line import run
+from microtune.recipes.training.command_line import run_recipe
 from microtune.recipes.training.networks import describe_network
 
 RECIPE = "benchmark_search"
@@ -77,7 +77,7 @@ def call(*words):
     """Runs the recipe in this process, also for a fixture of the whole module; returns what is in its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words)])
-        results = run(benchmark_search.main)
+        results = run_recipe(benchmark_search.main)
     return SimpleNamespace(folder=words[words.index("--out_dir") + 1], results=results, words=words)
 
 

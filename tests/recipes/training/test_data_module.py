@@ -9,7 +9,7 @@ from microtune.datamodules.digits import Digits
 from microtune.datamodules.image_folder import ImageFolder
 from microtune.datamodules.keyword_audio import KeywordFrontEnd
 from microtune.modules.int8.files import write_quantized_network
-from microtune.modules.networks.mobilenet_v2 import NORMALIZATION
+from microtune.modules.networks.pretrained_weights import NORMALIZATION
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.data_module import DECIDED, data_module
 
