@@ -6,8 +6,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from microtune.callbacks.int8_weights import Int8Weights
-from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
+from microtune.callbacks.int8_training import Int8Training
 from microtune.modules.classifier import OptimizerName
 from microtune.modules.sparse_update.int8_update import WeightStorage
 from microtune.modules.user_error import UserError
@@ -48,15 +47,16 @@ def int8_callbacks(gradient_scaling: bool, weight_storage: WeightStorage, seed: 
     """What trains an int8 network right, and a line that says so."""
     scaling = "with" if gradient_scaling else "as --gradient_scaling false says, without"
     log.info("the int8 network is trained %s quantization-aware scaling, its weights %s", scaling, weight_storage)
-    return [QuantizationAwareScaling()] * gradient_scaling + [Int8Weights(weight_storage, seed)]
+    return [Int8Training(weight_storage, gradient_scaling, seed)]
 
 
 def int8_report(callbacks: Sequence[Callback]) -> dict[str, Any]:
     """How an int8 network was trained, for the report; nothing where ``callbacks`` are none."""
-    report = {"gradient_scaling": False} if callbacks else {}
+    report = {}
     for callback in callbacks:
-        if isinstance(callback, QuantizationAwareScaling):
-            report |= {"gradient_scaling": True, "near_zero_channels": sum(callback.near_zero.values())}
-        elif isinstance(callback, Int8Weights):
-            report["weight_storage"] = callback.storage
+        if isinstance(callback, Int8Training):
+            report["gradient_scaling"] = callback.gradient_scaling
+            if callback.gradient_scaling:
+                report["near_zero_channels"] = sum(callback.near_zero.values())
+            report["weight_storage"] = callback.weight_storage
     return report
