@@ -60,8 +60,7 @@ def main(
     from lightning.pytorch import seed_everything
     from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-    from microtune.callbacks.int8_weights import Int8Weights
-    from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
+    from microtune.callbacks.int8_training import Int8Training
     from microtune.callbacks.sparse_update import SparseUpdate
     from microtune.datamodules.image_folder import ImageFolder
     from microtune.modules.classifier import Classifier
@@ -96,7 +95,7 @@ def main(
             budget.choice_samples,
         ))  # fmt: skip
     if plan.trains_int8:
-        callbacks += [QuantizationAwareScaling()] * int8.gradient_scaling + [Int8Weights(int8.weight_storage, seed)]
+        callbacks.append(Int8Training(int8.weight_storage, int8.gradient_scaling, seed))
     if decay := plan.averaging_decay(data.train_samples):
         callbacks.append(EMAWeightAveraging(decay=decay))
     trainer = trainer_on(

@@ -73,10 +73,9 @@ class TrialTraining:
     """Trains candidate schemes for a number of steps and tells their accuracy on the validation split.
 
     A trial does what ``Classifier`` and ``SparseUpdate`` do under a Trainer (SGD without momentum, warm-up, cosine), to
-    the bit in batches of 16 samples or more, and of an int8 network ``QuantizationAwareScaling`` and ``Int8Weights``;
-    but it always has a fresh classifier, begins behind the frozen trunk, and
-    has no Trainer around it, which would take as long again. Candidates of one call train side by side: they share the
-    batches and, where it is not kept, the trunk's work.
+    the bit in batches of 16 samples or more, and of an int8 network ``Int8Training``; but it always has a fresh
+    classifier, begins behind the frozen trunk, and has no Trainer around it, which would take as long again. Candidates
+    of one call train side by side: they share the batches and, where it is not kept, the trunk's work.
 
     Args:
         rest: The network behind the trunk, from ``cut_network``.

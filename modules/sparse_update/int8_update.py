@@ -1,8 +1,8 @@
 """What an update of int8 parameters needs around the optimizer's step: other gradients before it, integers after it.
 
 An optimizer in floating point knows nothing of scales. Before its step gradients are scaled
-(``microtune.callbacks.quantization_aware_scaling`` has the derivation); after it what it wrote is brought back into the
-range of int8 weights and 32-bit biases, and, if there is no room for copies in floating point, rounded.
+(``microtune.callbacks.int8_training`` has the derivation); after it what it wrote is brought back into the range of
+int8 weights and 32-bit biases, and, if there is no room for copies in floating point, rounded.
 """
 
 from collections.abc import Iterator, Sequence

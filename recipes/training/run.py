@@ -15,8 +15,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from microtune.callbacks.int8_weights import Int8Weights
-from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
+from microtune.callbacks.int8_training import Int8Training
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.modules.atomic_files import write_json
 from microtune.modules.classifier import Classifier
@@ -205,10 +204,9 @@ def facts_of_callbacks(trainer: Trainer) -> dict[str, Any]:
         if isinstance(callback, SparseUpdate) and (callback.channel_choice != "weight_norm" or callback.rechoose_every):
             facts["channel_choice"] = callback.channel_choice
             facts |= {"rechoose_every": callback.rechoose_every} if callback.rechoose_every else {}
-        elif isinstance(callback, QuantizationAwareScaling):
-            facts |= {"gradient_scaling": True, "near_zero_channels": sum(callback.near_zero.values())}
-        elif isinstance(callback, Int8Weights):
-            facts = {"gradient_scaling": False} | facts | {"weight_storage": callback.storage}
+        elif isinstance(callback, Int8Training):
+            facts |= {"gradient_scaling": callback.gradient_scaling, "weight_storage": callback.weight_storage}
+            facts |= {"near_zero_channels": sum(callback.near_zero.values())} if callback.gradient_scaling else {}
     return facts
 
 

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import warnings
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
-from microtune.callbacks.int8_weights import Int8Weights
-from microtune.callbacks.quantization_aware_scaling import QuantizationAwareScaling
+from microtune.callbacks.int8_training import Int8Training
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.datamodules.reproducible_order import data_loader
 from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
@@ -130,21 +128,6 @@ def fit(module, *callbacks, loader=None, ckpt_path=None, **arguments):
     trainer = trainer_of(*callbacks, **arguments)
     trainer.fit(module, shuffled() if loader is None else loader, ckpt_path=ckpt_path)
     return module
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        messages = (
-            "does not have many workers",
-            "dirpath has changed",
-            "callbacks used to create",
-            "isinstance.tree",
-            "not empty",
-        )
-        for message in messages:
-            warnings.filterwarnings("ignore", f".*{message}")
-        yield
 
 
 def entries_of(state, channels, groups_of):
@@ -449,7 +432,7 @@ def int8_module(small_graph, small_tensors):
 
 def int8_callbacks(method="sub_tensor", storage="in_place", choice="random"):
     sparse = SparseUpdate(INT8_SCHEME, "net", method, choice, rechoose_every=3, choice_samples=8)
-    return [sparse, QuantizationAwareScaling(), Int8Weights(storage)]
+    return [sparse, Int8Training(storage)]
 
 
 @pytest.mark.parametrize("storage", ["in_place", "latent"])
@@ -475,12 +458,12 @@ def test_int8_weights_outside_the_current_slice_are_bit_equal(int8_module, metho
 
 
 class FollowsScales(Callback):
-    """Checks after every step that the int8 callbacks know what is trained, with the scales of its channels."""
+    """Checks after every step that the int8 callback knows what is trained, with the scales of its channels."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         expected = quantized_parameters(pl_module.net)
         for callback in trainer.callbacks:
-            if isinstance(callback, QuantizationAwareScaling | Int8Weights):
+            if isinstance(callback, Int8Training):
                 for one, other in zip(callback.parameters, expected, strict=True):
                     assert one.parameter is other.parameter
                     assert torch.equal(one.scale, other.scale)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,20 +121,6 @@ def assert_only_the_scheme_was_trained(before, after, channels):
         assert not changed[~updated].any(), name
         assert not updated.any() or changed[updated].float().mean() > 0.9, name
         assert after[name].isfinite().all()
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        messages = (
-            "does not have many workers",
-            "dirpath has changed",
-            "callbacks used to create",
-            "isinstance.treespec",
-        )
-        for message in messages:
-            warnings.filterwarnings("ignore", f".*{message}")
-        yield
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
