@@ -18,7 +18,7 @@ from microtune.datamodules.contract import Normalization
 from microtune.datamodules.images_in_memory import ImagesInMemory, check_image_arguments, middle_views, random_views
 from microtune.datamodules.option_names import AugmentationName
 from microtune.datamodules.reproducible_order import data_loader, stratified_split
-from microtune.modules.plain_pickles import read_plain_pickle
+from microtune.modules.restricted_pickle import read_plain_pickle
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from microtune.modules.int8.graph import (
     QuantizedGraph,
 )
 from microtune.modules.networks.mobilenet_v2 import mobilenet_v2, network_name
-from microtune.modules.plain_pickles import read_plain_pickle
+from microtune.modules.restricted_pickle import read_plain_pickle
 from microtune.modules.user_error import UserError
 
 REMEDY = "give a pickle of an int8 network as Lin et al. published them, such as mbv2-w0.35.pkl"
