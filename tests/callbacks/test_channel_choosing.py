@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import multiprocessing
 import os
 import signal
 
@@ -523,7 +522,7 @@ class Killed(Callback):
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, int8_module, kind, method):
+def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, fork, int8_module, kind, method):
     def run(folder, *more, **arguments):
         if kind == "int8":
             module, callbacks = int8_module(), int8_callbacks(method, choice="taylor")
@@ -533,7 +532,7 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, int8_module
         loader = shuffled(32 if kind == "int8" else 8)
         return fit(module, *callbacks, checkpoints(folder), *more, loader=loader, max_epochs=4, **arguments)
 
-    child = multiprocessing.get_context("fork").Process(target=run, args=(tmp_path / "killed", Killed()))
+    child = fork.Process(target=run, args=(tmp_path / "killed", Killed()))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
