@@ -219,7 +219,10 @@ def is_alive(process):
 
 @pytest.fixture(scope="module")
 def distributed():
-    return pytest.importorskip("distributed", reason="the cluster extra is not installed")
+    package = pytest.importorskip("distributed", reason="the cluster extra is not installed")
+    # workers fork from a process that has imported Dask, which takes most of their start
+    with importlib.import_module("dask").config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield package
 
 
 @pytest.fixture(scope="module")
