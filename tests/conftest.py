@@ -1,10 +1,14 @@
 """What several tests need."""
 
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
+from PIL import Image
 
 from microtune.modules.int8.files import tensor_shapes
 from microtune.modules.int8.graph import (
@@ -27,6 +31,113 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data not found beside the project: ../shared/data")
     return folder
+
+
+def write_cifar(folder: Path, files: list[str], images: int, num_classes: int, key: str) -> None:
+    """Writes files in CIFAR's layout, of images as bright as their label is high."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for name in files:
+        labels = [index % num_classes for index in range(images)]
+        pixels = rng.integers(0, 60, (images, 3072)) + np.array(labels)[:, None] * 190 // num_classes
+        (folder / name).write_bytes(pickle.dumps({"data": pixels.astype(np.uint8), key: labels}, protocol=2))
+
+
+@pytest.fixture(scope="session")
+def tiny_cifar(tmp_path_factory) -> Path:
+    """A folder in CIFAR-10's layout: 100 training and 20 test images."""
+    data_dir = tmp_path_factory.mktemp("cifar")
+    folder = data_dir / "cifar-10-batches-py"
+    write_cifar(folder, [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"], 20, 10, "labels")
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_cifar100(tmp_path_factory) -> Path:
+    """A folder in CIFAR-100's layout: 200 training and 200 test images."""
+    data_dir = tmp_path_factory.mktemp("cifar100")
+    folder = data_dir / "cifar-100-python"
+    write_cifar(folder, ["train", "test"], 200, 100, "fine_labels")
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> Path:
+    """A folder of three classes with 20 images each."""
+    data_dir = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("blue", "green", "red")):
+        (data_dir / name).mkdir()
+        for number in range(20):
+            pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
+            pixels[..., 2 - label] += 150
+            Image.fromarray(pixels).save(data_dir / name / f"{number:02}.png")
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_imagenet(tmp_path_factory) -> Path:
+    """Folders train/ and val/ with three of ImageNet's classes, 12 and 4 images each."""
+    data_dir = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 12), ("val", 4)):
+        for label, wnid in enumerate(("n01440764", "n02099601", "n15075141")):
+            (data_dir / split / wnid).mkdir(parents=True)
+            for number in range(images):
+                pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(data_dir / split / wnid / f"{number:02}.JPEG")
+    return data_dir
+
+
+def tone(hertz: float, rng: np.random.Generator, rate_hz: int = 16_000) -> np.ndarray:
+    """A second of a tone in noise, which takes the place of a word."""
+    seconds = np.arange(rate_hz) / rate_hz
+    return 0.3 * np.sin(2 * np.pi * hertz * seconds) + rng.normal(0, 0.01, rate_hz)
+
+
+@pytest.fixture(scope="session")
+def tiny_speech_commands(tmp_path_factory) -> Path:
+    """Speech Commands' layout: ten commands and another word with 6, 2 and 2 clips each for the splits, and noise."""
+    data_dir = tmp_path_factory.mktemp("speech")
+    folder = data_dir / "SpeechCommands/speech_commands_v0.02"
+    rng = np.random.default_rng(0)
+    listed = {"validation": [], "testing": []}
+    for number, word in enumerate(("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "bed")):
+        (folder / word).mkdir(parents=True)
+        for clip in range(10):
+            speaker = "aaaaaaaa" if clip < 6 else "bbbbbbbb" if clip < 8 else "cccccccc"
+            name = f"{word}/{speaker}_nohash_{clip}.wav"
+            soundfile.write(folder / name, tone(300 * (number + 1), rng), 16_000, subtype="PCM_16")
+            if clip >= 6:
+                listed["validation" if clip < 8 else "testing"].append(name)
+    for name, clips in listed.items():
+        (folder / f"{name}_list.txt").write_text("\n".join(clips) + "\n")
+    (folder / "_background_noise_").mkdir()
+    noise = rng.normal(0, 0.1, 12 * 16_000)
+    soundfile.write(folder / "_background_noise_/white_noise.wav", noise, 16_000, subtype="PCM_16")
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_mswc(tmp_path_factory) -> Path:
+    """MSWC's layout: three words each in English and Arabic, with 8 training, 2 validation and 4 test clips."""
+    data_dir = tmp_path_factory.mktemp("mswc")
+    rng = np.random.default_rng(0)
+    for language, words in (("en", ("bed", "cat", "tree")), ("ar", ("واحد", "اثنان", "ثلاثة"))):
+        rows = ["SET,LINK,WORD,VALID,SPEAKER,GENDER"]
+        for number, word in enumerate(words):
+            (data_dir / language / "clips" / word).mkdir(parents=True)
+            for clip in range(14):
+                link = f"{word}/common_voice_{language}_{clip}.opus"
+                sound = tone(500 * (number + 1) + 100 * (language == "ar"), rng, 48_000)
+                path = data_dir / language / "clips" / link
+                soundfile.write(path, sound, 48_000, format="OGG", subtype="OPUS")
+                rows.append(f"{'TRAIN' if clip < 8 else 'DEV' if clip < 10 else 'TEST'},{link},{word},True,{clip},NAN")
+        (data_dir / language / f"{language}_splits.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return data_dir
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from microtune.modules.classifier import Classifier, network_of
 from microtune.modules.search.frozen_trunk import cut_network
 from microtune.modules.search.integer_program import Genome
 from microtune.modules.search.search_problem import SearchProblem
-from microtune.modules.search.trials import TrialTraining
+from microtune.modules.search.short_training import TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.workers import Workers

@@ -20,7 +20,7 @@ import wandb
 from microtune.modules.atomic_files import whole_file
 from microtune.modules.csv_rows import write_rows
 from microtune.modules.memory.training_memory import extra_memory_bytes
-from microtune.modules.search.trials import Choice
+from microtune.modules.search.short_training import Choice
 from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.sparse_update.simple_schemes import expanding_convolutions_that_fit
 from microtune.modules.sparse_update.update_scheme import UpdateScheme

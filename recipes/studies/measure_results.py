@@ -29,7 +29,7 @@ from microtune.modules.csv_rows import write_rows
 from microtune.modules.memory.microcontrollers import microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import extra_memory_bytes
-from microtune.modules.search.trials import Choice
+from microtune.modules.search.short_training import Choice
 from microtune.modules.sparse_update.simple_schemes import full_update
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError

@@ -12,7 +12,7 @@ import torch
 
 from microtune.datamodules.contract import Split
 from microtune.modules.atomic_files import write_json
-from microtune.modules.search.trials import Choice
+from microtune.modules.search.short_training import Choice
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.trials import TrialSettings, trials
 from microtune.recipes.search.workers import Workers

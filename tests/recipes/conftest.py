@@ -1,10 +1,10 @@
-"""Small made-up data, and recipes called as from the command line."""
+"""Recipes called as from the command line."""
 
+import functools
 import importlib
 import json
 import logging
 import os
-import pickle
 import random
 import re
 import struct
@@ -16,12 +16,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from lightning.pytorch import LightningDataModule
-from PIL import Image
+from lightning.pytorch import LightningDataModule, Trainer
 from wandb.proto import wandb_internal_pb2
 
 from microtune.modules.classifier import Classifier
@@ -30,8 +27,7 @@ from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.studies import paired_trainings
-from microtune.recipes.training.command_line import run
+from microtune.recipes.training.command_line import called_with, run_recipe
 from microtune.recipes.training.networks import describe_network
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +77,7 @@ def command(monkeypatch, capfd) -> Callable[..., Ended]:
         capfd.readouterr()
         status = 0
         try:
-            run(main)
+            run_recipe(main)
         except SystemExit as ended:
             status = ended.code
         return Ended(status, *capfd.readouterr())
@@ -152,98 +148,6 @@ def start_recipe() -> Callable[..., subprocess.Popen]:
 
 
 @pytest.fixture(scope="session")
-def tiny_cifar(tmp_path_factory) -> Path:
-    """A folder in CIFAR-10's layout: 100 training and 20 test images, as bright as their label is high."""
-    data_dir = tmp_path_factory.mktemp("cifar")
-    folder = data_dir / "cifar-10-batches-py"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        labels = [index % 10 for index in range(20)]
-        pixels = rng.integers(0, 60, (20, 3072)) + np.array(labels)[:, None] * 19
-        (folder / name).write_bytes(pickle.dumps({"data": pixels.astype(np.uint8), "labels": labels}, protocol=2))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
-    return data_dir
-
-
-@pytest.fixture(scope="session")
-def tiny_images(tmp_path_factory) -> Path:
-    """A folder of three classes with 20 images each."""
-    data_dir = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("blue", "green", "red")):
-        (data_dir / name).mkdir()
-        for number in range(20):
-            pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
-            pixels[..., 2 - label] += 150
-            Image.fromarray(pixels).save(data_dir / name / f"{number:02}.png")
-    return data_dir
-
-
-@pytest.fixture(scope="session")
-def tiny_imagenet(tmp_path_factory) -> Path:
-    """Folders train/ and val/ with three of ImageNet's classes, 12 and 4 images each."""
-    data_dir = tmp_path_factory.mktemp("imagenet")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 12), ("val", 4)):
-        for label, wnid in enumerate(("n01440764", "n02099601", "n15075141")):
-            (data_dir / split / wnid).mkdir(parents=True)
-            for number in range(images):
-                pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
-                pixels[..., label] += 150
-                Image.fromarray(pixels).save(data_dir / split / wnid / f"{number:02}.JPEG")
-    return data_dir
-
-
-def tone(hertz: float, rng: np.random.Generator, rate_hz: int = 16_000) -> np.ndarray:
-    """A second of a tone in noise, which takes the place of a word."""
-    seconds = np.arange(rate_hz) / rate_hz
-    return 0.3 * np.sin(2 * np.pi * hertz * seconds) + rng.normal(0, 0.01, rate_hz)
-
-
-@pytest.fixture(scope="session")
-def tiny_speech_commands(tmp_path_factory) -> Path:
-    """Speech Commands' layout: ten commands and another word with 6, 2 and 2 clips each for the splits, and noise."""
-    data_dir = tmp_path_factory.mktemp("speech")
-    folder = data_dir / "SpeechCommands/speech_commands_v0.02"
-    rng = np.random.default_rng(0)
-    listed = {"validation": [], "testing": []}
-    for number, word in enumerate(("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "bed")):
-        (folder / word).mkdir(parents=True)
-        for clip in range(10):
-            speaker = "aaaaaaaa" if clip < 6 else "bbbbbbbb" if clip < 8 else "cccccccc"
-            name = f"{word}/{speaker}_nohash_{clip}.wav"
-            soundfile.write(folder / name, tone(300 * (number + 1), rng), 16_000, subtype="PCM_16")
-            if clip >= 6:
-                listed["validation" if clip < 8 else "testing"].append(name)
-    for name, clips in listed.items():
-        (folder / f"{name}_list.txt").write_text("\n".join(clips) + "\n")
-    (folder / "_background_noise_").mkdir()
-    noise = rng.normal(0, 0.1, 12 * 16_000)
-    soundfile.write(folder / "_background_noise_/white_noise.wav", noise, 16_000, subtype="PCM_16")
-    return data_dir
-
-
-@pytest.fixture(scope="session")
-def tiny_mswc(tmp_path_factory) -> Path:
-    """MSWC's layout: three words each in English and Arabic, with 8 training, 2 validation and 4 test clips."""
-    data_dir = tmp_path_factory.mktemp("mswc")
-    rng = np.random.default_rng(0)
-    for language, words in (("en", ("bed", "cat", "tree")), ("ar", ("واحد", "اثنان", "ثلاثة"))):
-        rows = ["SET,LINK,WORD,VALID,SPEAKER,GENDER"]
-        for number, word in enumerate(words):
-            (data_dir / language / "clips" / word).mkdir(parents=True)
-            for clip in range(14):
-                link = f"{word}/common_voice_{language}_{clip}.opus"
-                sound = tone(500 * (number + 1) + 100 * (language == "ar"), rng, 48_000)
-                path = data_dir / language / "clips" / link
-                soundfile.write(path, sound, 48_000, format="OGG", subtype="OPUS")
-                rows.append(f"{'TRAIN' if clip < 8 else 'DEV' if clip < 10 else 'TEST'},{link},{word},True,{clip},NAN")
-        (data_dir / language / f"{language}_splits.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return data_dir
-
-
-@pytest.fixture(scope="session")
 def tiny_run(
     tiny_cifar, tiny_images, tiny_imagenet, tiny_speech_commands, tiny_mswc, scheme_file
 ) -> Callable[[str], dict[str, Any]]:
@@ -280,8 +184,7 @@ def finished_runs(tiny_run, tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for recipe in TRAINING_RECIPES:
         folders[recipe] = tmp_path_factory.mktemp("finished") / recipe
-        main = importlib.import_module(f"microtune.recipes.{recipe}").main
-        main(**tiny_run(recipe), out_dir=folders[recipe])
+        called_with(imported(recipe).main, {**tiny_run(recipe), "out_dir": folders[recipe]})
     return folders
 
 
@@ -337,6 +240,14 @@ def interrupt(monkeypatch) -> Callable[..., None]:
 
 
 @pytest.fixture
+def limited(monkeypatch) -> Callable[..., None]:
+    """Lets the trainings of a test end early: ``limited(limit_train_batches=1)`` as Lightning's Trainer takes it."""
+    return lambda **limits: monkeypatch.setattr(
+        "microtune.recipes.training.run.Trainer", functools.partial(Trainer, **limits)
+    )
+
+
+@pytest.fixture
 def pretended(monkeypatch) -> SimpleNamespace:
     """Lets trainings only pretend: ``all`` are the arguments of each, ``of`` says what comes out, by its folder."""
     outcome = SimpleNamespace(all=[], of=lambda folder: 0.5)
@@ -352,7 +263,7 @@ def pretended(monkeypatch) -> SimpleNamespace:
         report |= {"extra_memory_bytes": 1024 * scheme.bias_depth, "peak_memory_bytes": 4096 * scheme.bias_depth}
         (options["out_dir"] / "report.json").write_text(json.dumps(report))
 
-    monkeypatch.setattr(paired_trainings, "train", train)
+    monkeypatch.setattr("microtune.recipes.studies.paired_trainings.train", train)
     return outcome
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jsonargparse import auto_parser
 
 from microtune.modules.memory.microcontrollers import MICROCONTROLLERS, microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
@@ -27,7 +26,7 @@ from microtune.recipes.search.contribution_trials import (
 )
 from microtune.recipes.search.shared_folder import CLAIMS
 from microtune.recipes.studies.benchmark_search import settings_of_measurement
-from microtune.recipes.training.command_line import numbers, parse
+from microtune.recipes.training.command_line import numbers, parse, parser_of
 from microtune.recipes.training.networks import DescribedNetwork, describe_network
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +87,7 @@ def found_of(provenance: dict) -> dict:
 def understood(recipe: str, words: list[str]) -> dict:
     """The arguments, as the recipe's parser takes them."""
     main = importlib.import_module(f"microtune.recipes.{recipe}").main
-    return parse(auto_parser(main, as_positional=False, allow_abbrev=False, exit_on_error=False), words).as_dict()
+    return parse(parser_of(main), words)
 
 
 def test_measurements_were_found():

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torchvision
-from jsonargparse import auto_parser
 
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
 from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.training.command_line import parse
+from microtune.recipes.training.command_line import parse, parser_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -28,7 +27,7 @@ def blocks(language):
 
 def runnable_recipes():
     paths = [path for folder in ("recipes", "recipes/studies") for path in (ROOT / folder).glob("*.py")]
-    return {str(path.relative_to(ROOT)) for path in paths if path.read_text().endswith("    run(main)\n")}
+    return {str(path.relative_to(ROOT)) for path in paths if path.read_text().endswith("    run_recipe(main)\n")}
 
 
 def recipe_commands():
@@ -54,7 +53,7 @@ def test_command_is_understood(line):
     recipe, *words = shlex.split(line)
     assert (ROOT / recipe).is_file()
     main = importlib.import_module(f"microtune.{recipe.removesuffix('.py').replace('/', '.')}").main
-    parse(auto_parser(main, as_positional=False, allow_abbrev=False, exit_on_error=False), words)
+    parse(parser_of(main), words)
 
 
 def test_recipes_that_the_readme_names_are_there():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from microtune.modules.search.trials import Choice
+from microtune.modules.search.short_training import Choice
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.trials import TrialSettings
 from microtune.recipes.search.workers import Workers

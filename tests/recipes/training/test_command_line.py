@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from microtune.modules.user_error import UserError
-from microtune.recipes.training.command_line import check_at_least_one, run
+from microtune.recipes.training.command_line import check_at_least_one, run_recipe
 
 
 def recipe(size: int = 3, ratio: float = 0.5, out_dir: Path | None = None, json: bool = False, full: bool = False):
@@ -36,7 +36,7 @@ def recipe(size: int = 3, ratio: float = 0.5, out_dir: Path | None = None, json:
 
 def called(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["folder/recipe.py", *words])
-    return run(recipe)
+    return run_recipe(recipe)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_literal_is_checked(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["choose.py", "--kind", "c"])
     with pytest.raises(SystemExit) as ended:
-        run(choose)
+        run_recipe(choose)
     assert ended.value.code == 2
     assert "kind" in capsys.readouterr().err
 
