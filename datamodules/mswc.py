@@ -11,13 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from microtune.datamodules.decoded_audio import decode_clips, read_audio
-from microtune.datamodules.keyword_audio import (
-    Batch,
-    KeywordClips,
-    KeywordFrontEnd,
-    generated_noise,
-    join_recordings,
-)
+from microtune.datamodules.keyword_audio import Batch, KeywordClips, KeywordFrontEnd, generated_noise, join_recordings
 from microtune.datamodules.mswc_choice import UNKNOWN, check_classes, choose_clips, choose_words, few_shots
 from microtune.datamodules.mswc_files import find_clips, unpack_mswc
 from microtune.datamodules.mswc_splits import SPLITS, read_languages

@@ -47,10 +47,11 @@ from microtune.modules.search.frozen_trunk import cut_network
 from microtune.modules.search.scheme_optimum import proven_optimum
 from microtune.modules.search.short_training import TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.contribution_trials import Trial, contributions_of, draw_contributions, updates_to_measure
 from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
-from microtune.recipes.search.setup import Budget, make_problem
+from microtune.recipes.search.table_search import make_problem
 from microtune.recipes.training.command_line import check_at_least_one, run_recipe
 from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.memory_figures import KIB, memory_figures

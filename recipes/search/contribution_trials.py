@@ -19,7 +19,6 @@ from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.shared_folder import CLAIMS
-from microtune.recipes.training.command_line import listed, numbers
 from microtune.recipes.training.networks import DescribedNetwork
 from microtune.recipes.training.pictures import drawn
 
@@ -59,16 +58,28 @@ class Trial:
 
 
 def updates_to_measure(
-    described: DescribedNetwork, base_depth: int, layers: str, ratios: Sequence[float], bias_depths: str | None
+    described: DescribedNetwork,
+    base_depth: int,
+    layers: str | Sequence[str],
+    ratios: Iterable[float],
+    bias_depths: Iterable[int] | None,
 ) -> list[Update]:
-    """What to measure, the references of all gains first: the classifier alone, and the biases of the base depth."""
+    """What to measure, the references of all gains first: the classifier alone, and the biases of the base depth.
+
+    Args:
+        described: The network.
+        base_depth: Deepest bias depth.
+        layers: Layers whose weights are updated: ``"expanding"``, ``"all"``, or their names.
+        ratios: Update ratios of the weights.
+        bias_depths: Bias depths; None for all down to the base depth.
+
+    Raises:
+        UserError: The network has no such layers, or a ratio is none of theirs.
+    """
     convolutions = described.operations.convolutions
     if not 1 <= base_depth <= len(convolutions):
         raise UserError(f"base_depth is {base_depth}: give 1 to {len(convolutions)}, the network's convolutions")
-    depths = range(1, base_depth) if bias_depths is None else numbers(bias_depths, int)
-    for depth in depths:
-        if not 0 <= depth <= base_depth:
-            raise UserError(f"bias depth {depth} is out of its range: give 1 to the base depth, {base_depth}")
+    depths = range(1, base_depth) if bias_depths is None else bias_depths
     updates = [Update("bias", depth) for depth in dict.fromkeys((0, base_depth, *depths))]
     for layer in chosen_layers(convolutions, base_depth, layers):
         for ratio in sorted(set(ratios)):
@@ -77,16 +88,17 @@ def updates_to_measure(
     return updates
 
 
-def chosen_layers(convolutions: Sequence[Convolution], base_depth: int, layers: str) -> list[Convolution]:
-    """The layers within the base depth that ``--layers`` names, in forward order."""
+def chosen_layers(
+    convolutions: Sequence[Convolution], base_depth: int, layers: str | Sequence[str]
+) -> list[Convolution]:
+    """The layers within the base depth that ``layers`` means, in forward order."""
     within = convolutions[len(convolutions) - base_depth :]
     if layers in ("expanding", "all"):
         return [layer for layer in within if layers == "all" or is_expanding(layer)]
-    names = listed(layers)
-    for name in names:
+    for name in layers:
         if name not in [layer.name for layer in within]:
             raise UserError(f"{name} is no convolution within base depth {base_depth}: the first is {within[0].name}")
-    return [layer for layer in within if layer.name in names]
+    return [layer for layer in within if layer.name in layers]
 
 
 def measure(

@@ -9,7 +9,8 @@ from typing import Any
 from microtune.modules.search.integer_program import Genome
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.trials import TrialSettings, accuracies
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.trials import accuracies
 from microtune.recipes.search.workers import Workers
 
 

@@ -6,8 +6,6 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Self
 
-import wandb
-
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.memory.training_memory import extra_memory_per_layer
 from microtune.modules.search.contributions import Contribution, ContributionTable
@@ -16,8 +14,7 @@ from microtune.modules.search.scheme_optimum import Optimum
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.setup import NATS
-from microtune.recipes.training.loggers import make_loggers, wandb_run
+from microtune.recipes.search.gradient_search import NATS
 from microtune.recipes.training.memory_figures import KIB
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.pictures import drawn
@@ -56,8 +53,12 @@ class SearchLog:
         self.out_dir, self.optimum, self.problem = out_dir, optimum, problem
         self.experiment = None
         if logger == "wandb":
+            # two seconds and more, which a command line need not wait for
+            import wandb
+
+            from microtune.recipes.training.loggers import make_loggers, wandb_run
+
             self.experiment = wandb_run(make_loggers(logger, out_dir, "evolve_update_scheme"))
-        if self.experiment is not None:
             self.experiment.define_metric("search/*", step_metric="search/evaluations")
             self.experiment.config.update({"arguments": arguments}, allow_val_change=True)
             rows = [list(astuple(row)) for row in table.rows]
@@ -88,6 +89,8 @@ class SearchLog:
         """Logs the results, the picture, and the scheme as an artifact with its provenance."""
         if self.experiment is None:
             return
+        import wandb
+
         plain = {name: value for name, value in report.items() if isinstance(value, int | float | str)}
         self.experiment.summary.update(plain)
         scheme = UpdateScheme.load(self.out_dir / "scheme.json")

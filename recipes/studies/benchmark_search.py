@@ -39,12 +39,14 @@ from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.recipes.search.budget import Budget, budget_of
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.finalists import train_finalists
-from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, make_toolbox
-from microtune.recipes.search.setup import Budget, budget_of, good_guesses, make_problem
+from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, good_guesses, make_toolbox
+from microtune.recipes.search.options import TrialSettings
 from microtune.recipes.search.shared_folder import open_shared_folder
-from microtune.recipes.search.trials import TrialSettings, accuracy, described_by
+from microtune.recipes.search.table_search import make_problem
+from microtune.recipes.search.trials import accuracy, described_by
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
 from microtune.recipes.training.memory_figures import KIB

@@ -20,7 +20,7 @@ from microtune.modules.search.short_training import Choice, TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search import trials as trial_setup
-from microtune.recipes.search.trials import TrialSettings
+from microtune.recipes.search.options import TrialSettings
 
 CLASSES = (0, 1, 2, 3)
 SHAPE = (1, 32, 32)
