@@ -22,13 +22,12 @@ from torchaudio.transforms import Resample
 
 from microtune.datamodules.option_names import CacheName
 from microtune.datamodules.progress import progress_bar
+from microtune.datamodules.spectrogram_shape import CLIP_SAMPLES, SAMPLE_RATE_HZ
 from microtune.modules.atomic_files import whole_folder, write_json
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)
 
-SAMPLE_RATE_HZ = 16_000
-CLIP_SAMPLES = 16_000  # one second
 CLIP_BYTES = 2 * CLIP_SAMPLES
 CLIPS_PER_JOB = 64
 REMEDY = ": remove it or give --skip_broken true"

@@ -9,12 +9,11 @@ from torch.utils.data import Dataset
 from torchaudio.functional import add_noise
 from torchaudio.transforms import MelSpectrogram
 
-from microtune.datamodules.decoded_audio import CLIP_SAMPLES, SAMPLE_RATE_HZ
 from microtune.datamodules.reproducible_order import Key, epochs_and_indices, random_fractions
+from microtune.datamodules.spectrogram_shape import CLIP_SAMPLES, FFT_SAMPLES, SAMPLE_RATE_HZ, spectrogram_shape
 from microtune.modules.user_error import UserError
 
 WINDOW_MS = 30
-FFT_SAMPLES = 512  # the power of two that holds a window, as a device's FFT wants it
 LOWEST_HZ, HIGHEST_HZ = 125.0, 7500.0
 # of the training clips of Speech Commands, over all time steps and bands: constants, since a device that meets other
 # words must not see its input rescaled
@@ -206,23 +205,6 @@ def masked(spectrograms: Tensor, draws: Tensor, dim: int, widest: int) -> Tensor
     places = torch.arange(size, device=spectrograms.device)
     stripe = (places >= starts[:, None]) & (places < (starts + widths)[:, None])
     return spectrograms.masked_fill(stripe.unsqueeze(3 - dim), 0)
-
-
-def spectrogram_shape(n_mels: int, hop_ms: int) -> tuple[int, int, int]:
-    """Channels, frames and bands of the spectrogram of one second.
-
-    Raises:
-        UserError: if an argument is out of its range.
-
-    Example::
-
-        spectrogram_shape(n_mels=40, hop_ms=10)  # (1, 97, 40)
-    """
-    if not 8 <= n_mels <= 80:
-        raise UserError(f"n_mels is {n_mels}: give 8 to 80 bands")
-    if not 5 <= hop_ms <= 100:
-        raise UserError(f"hop_ms is {hop_ms}: give 5 to 100 milliseconds")
-    return 1, 1 + (CLIP_SAMPLES - FFT_SAMPLES) // (hop_ms * SAMPLE_RATE_HZ // 1000), n_mels
 
 
 def generated_noise(seconds: int = 20) -> np.ndarray:

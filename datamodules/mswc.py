@@ -11,19 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from microtune.datamodules.decoded_audio import decode_clips, read_audio
-from microtune.datamodules.keyword_audio import (
-    Batch,
-    KeywordClips,
-    KeywordFrontEnd,
-    generated_noise,
-    join_recordings,
-    spectrogram_shape,
-)
+from microtune.datamodules.keyword_audio import Batch, KeywordClips, KeywordFrontEnd, generated_noise, join_recordings
 from microtune.datamodules.mswc_choice import UNKNOWN, check_classes, choose_clips, choose_words, few_shots
 from microtune.datamodules.mswc_files import find_clips, unpack_mswc
 from microtune.datamodules.mswc_splits import SPLITS, read_languages
 from microtune.datamodules.option_names import CacheName
 from microtune.datamodules.reproducible_order import data_loader
+from microtune.datamodules.spectrogram_shape import spectrogram_shape
 from microtune.modules.user_error import UserError
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The bar of a step that takes long: download, unpacking, decoding."""
 
-from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own, without the seconds of its import
 from rich.console import Console
 from rich.progress import Progress
 
@@ -15,4 +15,5 @@ def progress_bar() -> Progress:
                 ...
     """
     console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal or rank_zero_only.rank > 0)
+    is_other_process = getattr(rank_zero_only, "rank", 0) > 0  # there is a rank once Lightning is imported
+    return Progress(console=console, transient=True, disable=not console.is_terminal or is_other_process)

@@ -18,17 +18,11 @@ from torch.utils.data import DataLoader
 from torchaudio.datasets import SPEECHCOMMANDS
 
 from microtune.datamodules.archives import unpack
-from microtune.datamodules.decoded_audio import CLIP_SAMPLES, decode_clips, read_audio
-from microtune.datamodules.keyword_audio import (
-    Batch,
-    KeywordClips,
-    KeywordFrontEnd,
-    generated_noise,
-    join_recordings,
-    spectrogram_shape,
-)
+from microtune.datamodules.decoded_audio import decode_clips, read_audio
+from microtune.datamodules.keyword_audio import Batch, KeywordClips, KeywordFrontEnd, generated_noise, join_recordings
 from microtune.datamodules.option_names import CacheName, Task
 from microtune.datamodules.reproducible_order import data_loader, random_bits
+from microtune.datamodules.spectrogram_shape import CLIP_SAMPLES, spectrogram_shape
 from microtune.modules.atomic_files import whole_folder
 from microtune.modules.user_error import UserError
 

@@ -1,6 +1,5 @@
 """The LightningModule: a network that learns to classify."""
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -9,22 +8,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from microtune.modules.int8.network import build_quantized_network
+from microtune.modules.learning_rate import learning_rate_factor
 from microtune.modules.networks.mobilenet_v2 import build_network
 
 OptimizerName = Literal["sgd", "adamw"]
-
-
-def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up, then a cosine to zero: the factor of the learning rate in optimizer step ``step``.
-
-    Example::
-
-        learning_rate_factor(0, warmup_steps=0, total_steps=100)  # 1.0
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def network_of(arguments: dict[str, Any]) -> nn.Module:

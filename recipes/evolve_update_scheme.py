@@ -17,6 +17,7 @@ the highest gain.
 import logging
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,163 +26,99 @@ import torch
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.atomic_files import write_json
 from microtune.modules.search.contributions import ContributionTable
-from microtune.modules.search.genome_bytes import Memory
 from microtune.modules.search.scheme_optimum import proven_optimum
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.recipes.search.budget import all_budgets
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.evolution import CHOICE_SAMPLES, RECIPE, Effort, FitnessName, begin_search, run_search
-from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, make_toolbox
+from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
+from microtune.recipes.search.gradient_search import gradient_search, measure_gradient
+from microtune.recipes.search.options import Effort, Level, SearchBudgetOptions, TrialSettings
+from microtune.recipes.search.plan import plan_search
+from microtune.recipes.search.provenance import provenance_of
 from microtune.recipes.search.report import draw_front, print_computed, print_front, print_report
-from microtune.recipes.search.setup import (
-    GRADIENT,
-    Level,
-    all_budgets,
-    budget_of,
-    gradient_search,
-    make_problem,
-    measure_gradient,
-    provenance_of,
-    refuse_beside_all_mcus,
-    refuse_beside_gradient,
-    refuse_beside_table,
-    refuse_without_data,
-    searched_network,
-    searched_table,
-    table_search,
-)
-from microtune.recipes.search.trials import TrialSettings
+from microtune.recipes.search.run import RECIPE, begin_search, run_search
+from microtune.recipes.search.table_search import make_problem, searched_network, searched_table, table_search
 from microtune.recipes.search.workers import Workers
-from microtune.recipes.training.command_line import check_at_least_one, flat, run_recipe
+from microtune.recipes.training.command_line import flat, run_recipe
 from microtune.recipes.training.networks import DescribedNetwork
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.run_folder import check_run_folder
 
 log = logging.getLogger(__name__)
 
-EVALUATIONS = {"table": 5000, "accuracy": 200}
-FINALISTS = 4
-BASE_DEPTH = 36  # of a gradient
-
 
 def main(
     contributions: str,
-    network: str = "mobilenet_v2",
-    mcu: str | None = None,
-    memory: Memory = "peak",
-    budget_kib: float | None = None,
-    sram_bytes: int | None = None,
-    flash_bytes: int | None = None,
-    reserve_bytes: int | None = None,
-    all_mcus: bool = False,
     level: Level = "sub_tensor",
     channel_multiple: int = 1,
     base_depth: int | None = None,
     choice_samples: int | None = None,
-    fitness: FitnessName = "table",
-    evaluations: int | None = None,
-    population: int | None = None,
-    trial_seeds: int = 1,
-    finalists: int | None = None,
-    final_steps: int | None = None,
-    final_seeds: int = 3,
-    processes: int = 1,
-    cluster: str | None = None,
     allow_missing_layers: bool = False,
-    resolution: int = 96,
     input_width: int | None = None,
     in_channels: int = 3,
     num_classes: int = 10,
-    seed: int = 0,
+    processes: int = 1,
+    cluster: str | None = None,
     logger: LoggerName = "wandb",
     out_dir: Path | None = None,
     resume: bool = False,
-    **options: Any,
+    budget: SearchBudgetOptions = SearchBudgetOptions(),
+    effort: Effort = Effort(),
+    trials: TrialSettings = TrialSettings(),
 ) -> dict[str, Any]:
     """Evolves an update scheme that fits a microcontroller: a genetic algorithm in DEAP.
 
     Args:
         contributions: Table that measure_contributions.py wrote, or gradient: one backward pass in its place.
-        network: mobilenet_v2, or the .safetensors file of an int8 network.
-        mcu: Microcontroller that a training step must fit; by default stm32f746, unless another budget is given.
-        memory: What the budget is of: peak of a training step, or extra (the paper's figure).
-        budget_kib: Budget in KiB, in place of a microcontroller.
-        sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
-        flash_bytes: Flash, likewise.
-        reserve_bytes: SRAM that is not for training, likewise.
-        all_mcus: A scheme for every known microcontroller, by the table.
-        level: sub_tensor (some channels of a layer) or layer (whole layers only).
-        channel_multiple: Numbers of updated channels are multiples of it, or the whole layer; device kernels like 4.
-        base_depth: Deepest bias depth, of contributions by gradient; by default 36.
-        choice_samples: Training samples of the backward pass, likewise; by default 512: to
-            half of them the classifier is fitted, the other half are for the pass.
-        fitness: table (sum of contributions, seconds) or accuracy (of a short training of each scheme).
-        evaluations: Schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
-        population: Survivors of a generation; by default 40, or 16 by accuracy.
-        trial_seeds: Trainings of each scheme, where fitness is accuracy.
-        finalists: Best schemes to train for longer, beside the table's optimum and as many of the last layers as fit;
-            the validation split chooses. By default 4; 0 for none, without data, and by the gradient alone.
-        final_steps: Optimizer steps of these; by default four times those of a trial.
-        final_seeds: Trainings of each of these.
-        processes: Processes of this machine that train, one thread each.
+        level: Level of the updates: sub_tensor (some channels of a layer) or layer (whole layers only).
+        channel_multiple: Number of which the updated channels of a layer are a multiple, or the whole layer; device
+            kernels like 4.
+        base_depth: Deepest bias depth of contributions by gradient, by default 36; a table brings its own.
+        choice_samples: Number of training samples of the backward pass, by default 512: to half of them the classifier
+            is fitted, the other half are for the pass.
+        allow_missing_layers: Whether to search although the table lacks expanding convolutions within its base depth.
+        input_width: Width of the input without data, where it is another than its height: of a spectrogram, its bands.
+        in_channels: Number of channels of the input without data.
+        num_classes: Number of outputs of the classifier without data.
+        processes: Number of processes of this machine that train, one thread each.
         cluster: Address of a Dask scheduler whose workers train instead, such as tcp://10.0.0.5:8786.
-        allow_missing_layers: Search although the table lacks expanding convolutions within its base depth.
-        resolution: Height and width of the input in pixels; of a spectrogram, its frames. Data bring their own.
-        input_width: Width of the input where it is another: of a spectrogram, its bands.
-        in_channels: Channels of the input.
-        num_classes: Outputs of the classifier.
-        seed: Of the search.
-        logger: wandb (offline unless you are logged in), csv or none.
+        logger: Logger: wandb (offline unless you are logged in), or csv or none to do without.
         out_dir: Folder of the scheme; by default a new one below runs/.
-        resume: Go on with the search in out_dir after its last finished generation.
+        resume: Whether to go on with the search in out_dir after its last finished generation.
     """
-    started, arguments = (
-        time.monotonic(),
-        flat({**{name: value for name, value in locals().items() if name != "options"}, **options}),
-    )
-    torch.set_num_threads(1)
-    check_at_least_one(
-        evaluations=evaluations, population=population, trial_seeds=trial_seeds, final_steps=final_steps,
-        final_seeds=final_seeds, channel_multiple=channel_multiple, base_depth=base_depth,
-        choice_samples=choice_samples,
+    started, arguments = time.monotonic(), flat(locals())
+    torch.set_num_threads(1)  # two busy jobs with two threads each slow one another several times
+    plan = plan_search(
+        contributions, budget, effort, trials, base_depth=base_depth, choice_samples=choice_samples,
+        channel_multiple=channel_multiple, allow_missing_layers=allow_missing_layers, processes=processes,
+        cluster=cluster, resume=resume,
     )  # fmt: skip
-    is_gradient = contributions == GRADIENT
-    is_computed = is_gradient and fitness == "table"
-    if is_gradient:
-        searched = {"evaluations": evaluations, "population": population, "finalists": finalists}
-        refuse_beside_gradient(fitness, all_mcus, allow_missing_layers, **searched)
-        base_depth = base_depth or BASE_DEPTH
-    else:
-        refuse_beside_table(base_depth=base_depth, choice_samples=choice_samples)
-        base_depth = max(1, *ContributionTable.load(contributions).bias_gains)
-    finalists = (0 if is_computed else FINALISTS) if finalists is None else finalists
-    settings = TrialSettings(network=network, resolution=resolution, base_depth=base_depth, **options)
-    refuse_without_data(settings, fitness, finalists, all_mcus, is_gradient)
-    if all_mcus:
-        refuse_beside_all_mcus(resume, memory, mcu, budget_kib, sram_bytes, flash_bytes, reserve_bytes)
-
-    described = searched_network(settings, resolution, input_width, in_channels, num_classes)
-    table = None
-    if not is_gradient:
-        table = searched_table(contributions, described, allow_missing_layers, level, channel_multiple)
     check_run_folder(out_dir, resume)
-    evaluations, population = evaluations or EVALUATIONS[fitness], population or POPULATION[fitness]
-    effort = Effort(fitness, evaluations, population, trial_seeds, finalists, final_steps, final_seeds, seed)
-    if all_mcus:
-        return search_all_mcus(described, table, effort, out_dir, arguments)
+    settings, table = plan.settings, None
+    if not plan.is_gradient:  # read before the data, which may take long
+        settings = replace(settings, base_depth=max(1, *ContributionTable.load(contributions).bias_gains))
 
-    budget = budget_of(memory, budget_kib, mcu, sram_bytes, flash_bytes, reserve_bytes)
-    if is_gradient:
-        measured = measure_gradient(settings, choice_samples or CHOICE_SAMPLES, seed)
-        search = gradient_search(described, measured, budget, base_depth, level, channel_multiple, not is_computed)
+    described = searched_network(settings, input_width, in_channels, num_classes)
+    if not plan.is_gradient:
+        table = searched_table(contributions, described, allow_missing_layers, level, channel_multiple)
+    if plan.budget is None:
+        return search_all_mcus(described, table, plan.effort, out_dir, arguments)
+    if plan.is_gradient:
+        measured = measure_gradient(settings, plan.choice_samples, plan.effort.seed)
+        search = gradient_search(
+            described, measured, plan.budget, settings.base_depth, level, channel_multiple,
+            is_coarse=not plan.is_computed,
+        )  # fmt: skip
     else:
-        search = table_search(described, table, budget)
+        search = table_search(described, table, plan.budget)
+
     with Workers(processes, cluster) as workers:
         out_dir = begin_search(out_dir, arguments, resume)
-        if is_gradient and settings.source == "none":
+        if plan.is_gradient and settings.source == "none":
             log.warning("schemes update little of a network that has learnt nothing: give --weights")
-        report = run_search(search, effort, settings, budget, workers, arguments, logger, out_dir, started)
-    tell = print_computed if is_computed else print_report
+        report = run_search(search, plan.effort, settings, plan.budget, workers, arguments, logger, out_dir, started)
+    tell = print_computed if plan.is_computed else print_report
     tell(report, UpdateScheme.load(out_dir / "scheme.json"), out_dir)
     return report
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import wandb
 
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.search.contributions import Contribution, ContributionTable
@@ -27,10 +26,11 @@ from microtune.recipes.search.contribution_trials import (
     updates_to_measure,
     write_trials,
 )
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.plan import plan_measurement
 from microtune.recipes.search.shared_folder import check_shared_folder, open_shared_folder
-from microtune.recipes.search.trials import TrialSettings, described_by, trials
-from microtune.recipes.training.command_line import check_at_least_one, flat, numbers, run_recipe
-from microtune.recipes.training.loggers import make_loggers, wandb_run
+from microtune.recipes.search.trials import described_by, trials
+from microtune.recipes.training.command_line import flat, run_recipe
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.run_folder import new_folder
 
@@ -53,23 +53,23 @@ def main(
     """Measures how much accuracy each bias depth and each layer's update buys: the table that a search goes by.
 
     Args:
-        layers: Whose weights: expanding (1x1 convolutions with more outputs than inputs), all, or names separated by
-            commas; of those within the base depth.
+        layers: Layers whose weights are updated: expanding (1x1 convolutions with more outputs than inputs), all, or
+            names separated by commas; of those within the base depth.
         ratios: Update ratios of the weights, separated by commas.
         bias_depths: Bias depths, separated by commas; by default all down to the base depth.
-        seeds: Trials of each update, with other classifiers and orders of samples.
-        side_by_side: Updates that train in one pass over the data; it pays where features are not kept.
-        logger: wandb (offline unless you are logged in), csv or none.
+        seeds: Number of trials of each update, with other classifiers and orders of samples.
+        side_by_side: Number of updates that train in one pass over the data; it pays where features are not kept.
+        logger: Logger: wandb (offline unless you are logged in), or csv or none to do without.
         out_dir: Folder of the table; by default a new one below runs/. Where the same measurement was begun, it goes
             on, or helps the process that is at it.
     """
     started, arguments = time.monotonic(), flat(locals())
     torch.set_num_threads(1)
-    check_at_least_one(seeds=seeds, side_by_side=side_by_side)
+    plan = plan_measurement(layers, ratios, bias_depths, seeds, side_by_side, settings)
     out_dir = out_dir or new_folder(Path("runs") / "measure_contributions")
-    described = described_by(settings)
-    updates = updates_to_measure(described, settings.base_depth, layers, numbers(ratios, float), bias_depths)
     check_shared_folder(out_dir, arguments, MAY_CHANGE)
+    described = described_by(settings)
+    updates = updates_to_measure(described, settings.base_depth, plan.layers, plan.ratios, plan.bias_depths)
     training = trials(replace(settings, features_dir=settings.features_dir or str(out_dir / "features")))
     open_shared_folder(out_dir, arguments, MAY_CHANGE)
     trained = 0
@@ -97,6 +97,11 @@ def log_to_wandb(logger: LoggerName, table: ContributionTable, out_dir: Path, ar
     """Logs the table and the picture as one run."""
     if logger != "wandb":
         return
+    # two seconds and more, which a command line need not wait for
+    import wandb
+
+    from microtune.recipes.training.loggers import make_loggers, wandb_run
+
     experiment = wandb_run(make_loggers(logger, out_dir, "measure_contributions"))
     if experiment is not None:
         experiment.config.update({"arguments": arguments}, allow_val_change=True)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from microtune.datamodules.contract import ClassificationData
 from microtune.datamodules.data_sets import DATA_SETS, DataName, find_data_set
 from microtune.datamodules.reproducible_order import seeded_torch
-from microtune.modules.classifier import Classifier
 from microtune.modules.int8.activation_ranges import RangeEstimator
 from microtune.modules.int8.files import is_quantized_file, write_quantized_network
 from microtune.modules.int8.graph import INT8_SUFFIX, QuantizedGraph
@@ -42,7 +41,6 @@ from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.memory_figures import KIB, size_of
 from microtune.recipes.training.networks import describe_network, input_shape_of
 from microtune.recipes.training.plan import check_ranges
-from microtune.recipes.training.pretrained import load_pretrained
 
 PICKLE_SUFFIXES = (".pkl", ".pickle")
 SUFFIXES = (".pth", ".pt", ".ckpt", *KERAS_SUFFIXES)
@@ -152,6 +150,10 @@ def trained_network(
     source: str, data: ClassificationData, width: float | None, head_convolution: bool, seed: int
 ) -> TrainedNetwork:
     """Builds the network that fits the weights and loads them, its classifier too if it is for the data's classes."""
+    # Lightning takes seconds to import, which a command line need not wait for
+    from microtune.modules.classifier import Classifier
+    from microtune.recipes.training.pretrained import load_pretrained
+
     described = describe_network(source, data.input_shape, data.num_classes, width, head_convolution)
     for whole in (True, False):
         with seeded_torch(seed, 0, 0):

@@ -23,8 +23,6 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
 import wandb
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -37,7 +35,7 @@ from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.datamodules.digits import Digits
 from microtune.datamodules.kept_features import TrunkFeatures
 from microtune.datamodules.progress import progress_bar
-from microtune.modules.atomic_files import whole_file, write_json
+from microtune.modules.atomic_files import write_json
 from microtune.modules.classifier import Classifier
 from microtune.modules.memory.microcontrollers import Microcontroller, microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
@@ -47,17 +45,19 @@ from microtune.modules.networks.mobilenet_v2 import build_network
 from microtune.modules.search.contributions import ContributionTable
 from microtune.modules.search.frozen_trunk import cut_network
 from microtune.modules.search.scheme_optimum import proven_optimum
-from microtune.modules.search.trials import TrialTraining
+from microtune.modules.search.short_training import TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.contribution_trials import Trial, contributions_of, draw_contributions, updates_to_measure
 from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
-from microtune.recipes.search.setup import Budget, make_problem
+from microtune.recipes.search.table_search import make_problem
 from microtune.recipes.training.command_line import check_at_least_one, run_recipe
 from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.memory_figures import KIB, memory_figures
 from microtune.recipes.training.networks import DescribedNetwork, describe_network
 from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.pictures import drawn
 from microtune.recipes.training.plan import NAMED_SCHEMES
 from microtune.recipes.training.run_folder import open_run_folder, write_config
 from microtune.recipes.training.schemes import scheme_by_name_or_file
@@ -301,27 +301,25 @@ def table_of(report: dict[str, Any]) -> Table:
 
 def draw_accuracy_over_memory(report: dict[str, Any], path: Path) -> None:
     """Draws top-1 over peak memory, with the microcontroller's budget as a line, as a PNG."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, row in report["methods"].items():
-        x, y = row["peak_memory_bytes"] / KIB, row["top1_mean"] * 100
-        axes.errorbar(x, y, yerr=row["top1_std"] * 100, fmt="o" if row["fits"] else "x", capsize=3)
-        is_left = x > 0.7 * report["budget_bytes"] / KIB
-        place = {"xytext": (-6 if is_left else 6, -12), "ha": "right" if is_left else "left"}
-        axes.annotate(name, (x, y), textcoords="offset points", fontsize=9, **place)
-    budget_kib = report["budget_bytes"] / KIB
-    axes.axvline(budget_kib, color="black", linestyle="--")
-    axes.text(
-        budget_kib, 0.98, f" budget of {report['mcu']}", transform=axes.get_xaxis_transform(), va="top", fontsize=8
-    )
-    axes.margins(y=0.15)
-    axes.set(xlabel="peak memory of one training step, KiB", ylabel="top-1 on new digits, %")
-    axes.set_xlim(0, 1.15 * max(budget_kib, *(row["peak_memory_bytes"] / KIB for row in report["methods"].values())))
-    seeds = f"{report['seeds']} seed{'s' if report['seeds'] > 1 else ''}"
-    axes.set_title(f"Adapting to new digits, mean and deviation of {seeds}")
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    with drawn(path, figsize=(7, 4.5)) as axes:
+        for name, row in report["methods"].items():
+            x, y = row["peak_memory_bytes"] / KIB, row["top1_mean"] * 100
+            axes.errorbar(x, y, yerr=row["top1_std"] * 100, fmt="o" if row["fits"] else "x", capsize=3)
+            is_left = x > 0.7 * report["budget_bytes"] / KIB
+            place = {"xytext": (-6 if is_left else 6, -12), "ha": "right" if is_left else "left"}
+            axes.annotate(name, (x, y), textcoords="offset points", fontsize=9, **place)
+        budget_kib = report["budget_bytes"] / KIB
+        axes.axvline(budget_kib, color="black", linestyle="--")
+        axes.text(
+            budget_kib, 0.98, f" budget of {report['mcu']}", transform=axes.get_xaxis_transform(), va="top", fontsize=8
+        )
+        axes.margins(y=0.15)
+        axes.set(xlabel="peak memory of one training step, KiB", ylabel="top-1 on new digits, %")
+        axes.set_xlim(
+            0, 1.15 * max(budget_kib, *(row["peak_memory_bytes"] / KIB for row in report["methods"].values()))
+        )
+        seeds = f"{report['seeds']} seed{'s' if report['seeds'] > 1 else ''}"
+        axes.set_title(f"Adapting to new digits, mean and deviation of {seeds}")
 
 
 def log_to_wandb(logger: LoggerName, report: dict[str, Any], out_dir: Path) -> None:

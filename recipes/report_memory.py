@@ -12,7 +12,6 @@ import json as json_format
 import sys
 from pathlib import Path
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 
@@ -102,7 +101,6 @@ def main(
         console.print(report["advice"])
     size = size_of(input_shape)
     picture = out_dir / f"{described.name}_{size.replace(' ', '')}_{Path(scheme).stem}_{device.name}.png"
-    matplotlib.use("Agg")
     draw_memory(timeline, device, f"One training step of {described.name} at {size}, {Path(scheme).stem}", picture)
     console.print(f"picture: {picture}", soft_wrap=True)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 Genome = tuple[int, ...]  # index of the bias depth, then of the ratio of each candidate layer; 0: not updated
 
@@ -122,6 +121,8 @@ def _chosen(
         options: Those to choose from.
         integral: Whether options are taken whole or not at all.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # a second, which a command line need not wait for
+
     gains, layers = program.gains[options], program.part_of[options]
     bytes_added = program.per_choice[depth][options - program.num_depths]
     left = program.limits - program.constant[depth]

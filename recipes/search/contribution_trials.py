@@ -8,22 +8,19 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import matplotlib
-import matplotlib.pyplot as plt
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from microtune.modules.atomic_files import whole_file
 from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.networks.operations import Convolution
 from microtune.modules.search.contributions import Contribution, ContributionTable
-from microtune.modules.search.trials import TrialTraining
+from microtune.modules.search.short_training import TrialTraining
 from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.shared_folder import CLAIMS
-from microtune.recipes.training.command_line import listed, numbers
 from microtune.recipes.training.networks import DescribedNetwork
+from microtune.recipes.training.pictures import drawn
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,28 @@ class Trial:
 
 
 def updates_to_measure(
-    described: DescribedNetwork, base_depth: int, layers: str, ratios: Sequence[float], bias_depths: str | None
+    described: DescribedNetwork,
+    base_depth: int,
+    layers: str | Sequence[str],
+    ratios: Iterable[float],
+    bias_depths: Iterable[int] | None,
 ) -> list[Update]:
-    """What to measure, the references of all gains first: the classifier alone, and the biases of the base depth."""
+    """What to measure, the references of all gains first: the classifier alone, and the biases of the base depth.
+
+    Args:
+        described: The network.
+        base_depth: Deepest bias depth.
+        layers: Layers whose weights are updated: ``"expanding"``, ``"all"``, or their names.
+        ratios: Update ratios of the weights.
+        bias_depths: Bias depths; None for all down to the base depth.
+
+    Raises:
+        UserError: The network has no such layers, or a ratio is none of theirs.
+    """
     convolutions = described.operations.convolutions
     if not 1 <= base_depth <= len(convolutions):
         raise UserError(f"base_depth is {base_depth}: give 1 to {len(convolutions)}, the network's convolutions")
-    depths = range(1, base_depth) if bias_depths is None else numbers(bias_depths, int)
-    for depth in depths:
-        if not 0 <= depth <= base_depth:
-            raise UserError(f"bias depth {depth} is out of its range: give 1 to the base depth, {base_depth}")
+    depths = range(1, base_depth) if bias_depths is None else bias_depths
     updates = [Update("bias", depth) for depth in dict.fromkeys((0, base_depth, *depths))]
     for layer in chosen_layers(convolutions, base_depth, layers):
         for ratio in sorted(set(ratios)):
@@ -79,16 +88,17 @@ def updates_to_measure(
     return updates
 
 
-def chosen_layers(convolutions: Sequence[Convolution], base_depth: int, layers: str) -> list[Convolution]:
-    """The layers within the base depth that ``--layers`` names, in forward order."""
+def chosen_layers(
+    convolutions: Sequence[Convolution], base_depth: int, layers: str | Sequence[str]
+) -> list[Convolution]:
+    """The layers within the base depth that ``layers`` means, in forward order."""
     within = convolutions[len(convolutions) - base_depth :]
     if layers in ("expanding", "all"):
         return [layer for layer in within if layers == "all" or is_expanding(layer)]
-    names = listed(layers)
-    for name in names:
+    for name in layers:
         if name not in [layer.name for layer in within]:
             raise UserError(f"{name} is no convolution within base depth {base_depth}: the first is {within[0].name}")
-    return [layer for layer in within if layer.name in names]
+    return [layer for layer in within if layer.name in layers]
 
 
 def measure(
@@ -172,33 +182,29 @@ def contributions_of(known: Sequence[Trial], updates: Sequence[Update], seeds: i
 
 def draw_contributions(table: ContributionTable, convolutions: Sequence[Convolution], path: Path) -> None:
     """Draws the gains over bias depth, and per layer and ratio, with their standard errors, as a PNG."""
-    matplotlib.use("Agg")
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 4.5), layout="constrained", gridspec_kw={"width_ratios": [1, 1.6]}
-    )
-    bias = sorted((row for row in table.rows if row.kind == "bias"), key=lambda row: row.bias_depth)
-    left.errorbar(
-        [row.bias_depth for row in bias], [row.gain * 100 for row in bias],
-        [row.standard_error * 100 for row in bias], fmt="o-", markersize=3, linewidth=1, capsize=2,
-    )  # fmt: skip
-    left.set(xlabel="bias depth", ylabel="gain over the classifier only, points", title="biases of the last layers")
-    weights = [row for row in table.rows if row.kind == "weight"]
-    names = [layer.name for layer in convolutions if layer.name in {row.layer for row in weights}]
-    ratios = sorted({row.ratio for row in weights})
-    for index, ratio in enumerate(ratios):
-        rows = [row for row in weights if row.ratio == ratio]
-        places = [names.index(row.layer) + (index - (len(ratios) - 1) / 2) * 0.8 / len(ratios) for row in rows]
-        color = plt.get_cmap("viridis")(0.9 - 0.8 * index / max(1, len(ratios) - 1))
-        right.bar(
-            places, [row.gain * 100 for row in rows], 0.8 / len(ratios), color=color, label=f"{ratio:g}",
-            yerr=[row.standard_error * 100 for row in rows], error_kw={"linewidth": 0.7},
+    from matplotlib import colormaps  # imported by need, as all of matplotlib
+
+    with drawn(path, 1, 2, figsize=(13, 4.5), gridspec_kw={"width_ratios": [1, 1.6]}) as (left, right):
+        bias = sorted((row for row in table.rows if row.kind == "bias"), key=lambda row: row.bias_depth)
+        left.errorbar(
+            [row.bias_depth for row in bias], [row.gain * 100 for row in bias],
+            [row.standard_error * 100 for row in bias], fmt="o-", markersize=3, linewidth=1, capsize=2,
         )  # fmt: skip
-    right.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-    right.set(ylabel=f"gain over the last {table.base_depth} biases, points", title="weights, by update ratio")
-    if weights:
-        right.legend(title="ratio", fontsize=8)
-    for axes in (left, right):
-        axes.axhline(0, color="black", linewidth=0.6)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+        left.set(xlabel="bias depth", ylabel="gain over the classifier only, points", title="biases of the last layers")
+        weights = [row for row in table.rows if row.kind == "weight"]
+        names = [layer.name for layer in convolutions if layer.name in {row.layer for row in weights}]
+        ratios = sorted({row.ratio for row in weights})
+        for index, ratio in enumerate(ratios):
+            rows = [row for row in weights if row.ratio == ratio]
+            places = [names.index(row.layer) + (index - (len(ratios) - 1) / 2) * 0.8 / len(ratios) for row in rows]
+            color = colormaps["viridis"](0.9 - 0.8 * index / max(1, len(ratios) - 1))
+            right.bar(
+                places, [row.gain * 100 for row in rows], 0.8 / len(ratios), color=color, label=f"{ratio:g}",
+                yerr=[row.standard_error * 100 for row in rows], error_kw={"linewidth": 0.7},
+            )  # fmt: skip
+        right.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+        right.set(ylabel=f"gain over the last {table.base_depth} biases, points", title="weights, by update ratio")
+        if weights:
+            right.legend(title="ratio", fontsize=8)
+        for axes in (left, right):
+            axes.axhline(0, color="black", linewidth=0.6)

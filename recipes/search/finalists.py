@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from microtune.modules.search.integer_program import Genome
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.trials import TrialSettings, accuracies
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.trials import accuracies
 from microtune.recipes.search.workers import Workers
 
 
@@ -73,5 +72,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     """
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
+    from scipy.stats import spearmanr  # a second, which a command line need not wait for
+
     value = float(spearmanr(first, second).statistic)
     return value if math.isfinite(value) else None

@@ -8,6 +8,7 @@ import numpy as np
 from deap import base, tools
 
 from microtune.modules.search.integer_program import Genome
+from microtune.modules.search.scheme_optimum import Optimum
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.checkpoint import SearchState
@@ -68,6 +69,27 @@ def make_toolbox(problem: SearchProblem, left_out: float = 0.0) -> base.Toolbox:
     toolbox.register("evaluate", problem.score)
     toolbox.register("map", map)
     return toolbox
+
+
+def good_guesses(problem: SearchProblem, optimum: Optimum, population: int) -> list[Genome]:
+    """What a search by accuracy begins with: the table's optimum, rules of thumb, and neighbours of the optimum.
+
+    They are three quarters of a population at most: the rest is random, so that the table does not decide everything.
+    """
+    neighbours = problem.neighbours(optimum.genome)
+    random.shuffle(neighbours)
+    guesses = [optimum.genome, *rules_of_thumb(problem), *neighbours]
+    return list(dict.fromkeys(guesses))[: population * 3 // 4]
+
+
+def rules_of_thumb(problem: SearchProblem) -> list[Genome]:
+    """As many of the last layers as fit at each option, the highest first; the paper's own schemes are much like it.
+
+    Of a measured table an option is the same ratio in every layer. Of a gradient it is another fraction in each, since
+    layers have other numbers of channels to choose from.
+    """
+    highest = max((len(ratios) for ratios in problem.ratios), default=1) - 1
+    return [problem.from_the_back(option) for option in range(highest, 0, -1)]
 
 
 def mutate(individual: Individual, problem: SearchProblem) -> tuple[Individual]:

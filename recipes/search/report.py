@@ -6,12 +6,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Self
 
-import matplotlib
-import matplotlib.pyplot as plt
-import wandb
-
 from microtune.datamodules.progress import progress_bar
-from microtune.modules.atomic_files import whole_file
 from microtune.modules.memory.training_memory import extra_memory_per_layer
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.search.integer_program import Genome
@@ -19,10 +14,10 @@ from microtune.modules.search.scheme_optimum import Optimum
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.setup import NATS
-from microtune.recipes.training.loggers import make_loggers, wandb_run
+from microtune.recipes.search.gradient_search import NATS
 from microtune.recipes.training.memory_figures import KIB
 from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.pictures import drawn
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +53,12 @@ class SearchLog:
         self.out_dir, self.optimum, self.problem = out_dir, optimum, problem
         self.experiment = None
         if logger == "wandb":
+            # two seconds and more, which a command line need not wait for
+            import wandb
+
+            from microtune.recipes.training.loggers import make_loggers, wandb_run
+
             self.experiment = wandb_run(make_loggers(logger, out_dir, "evolve_update_scheme"))
-        if self.experiment is not None:
             self.experiment.define_metric("search/*", step_metric="search/evaluations")
             self.experiment.config.update({"arguments": arguments}, allow_val_change=True)
             rows = [list(astuple(row)) for row in table.rows]
@@ -90,6 +89,8 @@ class SearchLog:
         """Logs the results, the picture, and the scheme as an artifact with its provenance."""
         if self.experiment is None:
             return
+        import wandb
+
         plain = {name: value for name, value in report.items() if isinstance(value, int | float | str)}
         self.experiment.summary.update(plain)
         scheme = UpdateScheme.load(self.out_dir / "scheme.json")
@@ -105,27 +106,23 @@ class SearchLog:
 
 def draw_search(state: SearchState, problem: SearchProblem, optimum: Optimum, fitness: str, path: Path) -> None:
     """Draws the fitness of every evaluation and the best so far, as a PNG."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    scale = 100  # points
-    values = [(index, value * scale) for index, value in enumerate(state.fitness.values(), 1) if value is not None]
-    indexes, points = zip(*values, strict=True)
-    best = list(itertools.accumulate(points, max))
-    axes.plot(indexes, points, ".", markersize=3, alpha=0.35, label="schemes")
-    axes.step(indexes, best, where="post", color="tab:red", label="best so far")
-    if fitness == "table":
-        axes.axhline(optimum.score * scale, color="black", linestyle="--", label="proven optimum")
-        axes.set_ylabel("sum of gains, points")
-    else:
-        of_optimum = state.fitness.get(optimum.genome)
-        if of_optimum is not None:
-            axes.axhline(of_optimum * scale, color="black", linestyle="--", label="the table's optimum")
-        axes.set_ylabel("top-1 on the validation split, %")
-    axes.set(xlabel="evaluations", title=f"{problem.network} within {problem.budget_bytes / KIB:.0f} KiB")
-    axes.legend(fontsize=8)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    with drawn(path, figsize=(8, 4.5)) as axes:
+        scale = 100  # points
+        values = [(index, value * scale) for index, value in enumerate(state.fitness.values(), 1) if value is not None]
+        indexes, points = zip(*values, strict=True)
+        best = list(itertools.accumulate(points, max))
+        axes.plot(indexes, points, ".", markersize=3, alpha=0.35, label="schemes")
+        axes.step(indexes, best, where="post", color="tab:red", label="best so far")
+        if fitness == "table":
+            axes.axhline(optimum.score * scale, color="black", linestyle="--", label="proven optimum")
+            axes.set_ylabel("sum of gains, points")
+        else:
+            of_optimum = state.fitness.get(optimum.genome)
+            if of_optimum is not None:
+                axes.axhline(of_optimum * scale, color="black", linestyle="--", label="the table's optimum")
+            axes.set_ylabel("top-1 on the validation split, %")
+        axes.set(xlabel="evaluations", title=f"{problem.network} within {problem.budget_bytes / KIB:.0f} KiB")
+        axes.legend(fontsize=8)
 
 
 def print_report(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) -> None:
@@ -200,31 +197,27 @@ def print_computed(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) 
 
 def draw_front(rows: list[dict[str, Any]], network: str, path: Path) -> None:
     """Draws the score over the memory of the schemes of all microcontrollers, as a PNG."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    fitting = [row for row in rows if "score" in row]
-    together: dict[tuple[float, float], list[str]] = {}
-    for row in fitting:
-        place = (row["memory_bytes"] / KIB, row["score"] * 100)
-        together.setdefault(place, []).append(row["mcu"])
-    front = sorted(together)
-    axes.plot([x for x, _ in front], [y for _, y in front], "o-", linewidth=1)
-    for index, (place, names) in enumerate(sorted(together.items())):
-        is_last = index == len(front) - 1
-        axes.annotate(
-            "\n".join(names), place, xytext=(-6 if is_last else 6, -4), textcoords="offset points", fontsize=8,
-            va="top", ha="right" if is_last else "left",
-        )  # fmt: skip
-    too_small = [row["mcu"] for row in rows if "too_small" in row]
-    if too_small:
-        text = "too small at this resolution: " + ", ".join(too_small)
-        axes.text(0.01, 0.98, text, transform=axes.transAxes, va="top", fontsize=8, color="grey")
-    axes.margins(x=0.1, y=0.25)
-    axes.set(xlabel="peak memory of one training step, KiB", ylabel="sum of gains, points")
-    axes.set_title(f"Evolved schemes of {network}, one per microcontroller")
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    with drawn(path, figsize=(8, 4.5)) as axes:
+        fitting = [row for row in rows if "score" in row]
+        together: dict[tuple[float, float], list[str]] = {}
+        for row in fitting:
+            place = (row["memory_bytes"] / KIB, row["score"] * 100)
+            together.setdefault(place, []).append(row["mcu"])
+        front = sorted(together)
+        axes.plot([x for x, _ in front], [y for _, y in front], "o-", linewidth=1)
+        for index, (place, names) in enumerate(sorted(together.items())):
+            is_last = index == len(front) - 1
+            axes.annotate(
+                "\n".join(names), place, xytext=(-6 if is_last else 6, -4), textcoords="offset points", fontsize=8,
+                va="top", ha="right" if is_last else "left",
+            )  # fmt: skip
+        too_small = [row["mcu"] for row in rows if "too_small" in row]
+        if too_small:
+            text = "too small at this resolution: " + ", ".join(too_small)
+            axes.text(0.01, 0.98, text, transform=axes.transAxes, va="top", fontsize=8, color="grey")
+        axes.margins(x=0.1, y=0.25)
+        axes.set(xlabel="peak memory of one training step, KiB", ylabel="sum of gains, points")
+        axes.set_title(f"Evolved schemes of {network}, one per microcontroller")
 
 
 def print_front(rows: list[dict[str, Any]], out_dir: Path) -> None:

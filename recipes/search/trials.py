@@ -4,7 +4,6 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,87 +11,19 @@ import torch
 from torch import Tensor
 
 from microtune.datamodules.contract import ClassificationData, Split
-from microtune.datamodules.data_sets import DataName
 from microtune.datamodules.kept_features import MIB, TrunkFeatures
-from microtune.datamodules.option_names import KeepName
 from microtune.datamodules.reproducible_order import seeded_torch
-from microtune.modules.classifier import Classifier, network_of
 from microtune.modules.search.frozen_trunk import cut_network
 from microtune.modules.search.integer_program import Genome
 from microtune.modules.search.search_problem import SearchProblem
-from microtune.modules.search.trials import TrialTraining
+from microtune.modules.search.short_training import TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.recipes.search.options import TrialSettings, check_data_is_named
 from microtune.recipes.search.workers import Workers
-from microtune.recipes.training.command_line import check_at_least_one
 from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.networks import DescribedNetwork, describe_network
-from microtune.recipes.training.plan import source_of_weights
 from microtune.recipes.training.pretrained import load_pretrained
-
-
-@dataclass(frozen=True)
-class TrialSettings:
-    """What decides the outcome of a trial, as plain values.
-
-    Args:
-        data: Name of the data set.
-        data_dir: Folder of the data set.
-        data_options: Further arguments of the data module.
-        weights: To start from; none for an int8 network, which has its own.
-        width: Multiplier of the network's channels; by default that of the weights, and 0.35 without.
-        head_convolution: Whether the network has its last 1x1 convolution.
-        resolution: Height and width of images, in pixels.
-        base_depth: The deepest bias depth; all before is frozen, and computed once.
-        steps: Optimizer steps of a trial.
-        batch_size: Samples of a step.
-        learning_rate: At its highest; by default 0.1 / 256 x batch_size (Lin et al.).
-        copies: How many augmentations of every training sample there are at most.
-        features: Where the trunk's output is kept: memory, disk or none.
-        features_limit_mib: What may be kept, in each process.
-        features_dir: Folder of what is kept on disk; by default in the run's folder.
-        network: mobilenet_v2, or the .safetensors file of an int8 network.
-
-    Raises:
-        UserError: A number is out of its range.
-
-    Example::
-
-        trials(TrialSettings("digits", None, {}, "none", base_depth=12)).accuracies([scheme], seed=0)
-    """
-
-    data: DataName | None = None
-    data_dir: str | None = None
-    data_options: dict[str, Any] = field(default_factory=dict)
-    weights: str = "none"
-    width: float | None = None
-    head_convolution: bool = False
-    resolution: int = 96
-    base_depth: int = 36
-    steps: int = 100
-    batch_size: int = 32
-    learning_rate: float | None = None
-    copies: int = 4
-    features: KeepName = "memory"
-    features_limit_mib: float = 4096
-    features_dir: str | None = None
-    network: str = "mobilenet_v2"
-
-    def __post_init__(self):
-        check_at_least_one(
-            base_depth=self.base_depth, steps=self.steps, batch_size=self.batch_size, copies=self.copies,
-            resolution=self.resolution,
-        )  # fmt: skip
-        for name in ("width", "learning_rate", "features_limit_mib"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} is {value}: give a positive number")
-        source_of_weights(self.network, self.weights)
-
-    @property
-    def source(self) -> str:
-        """Where the weights are."""
-        return source_of_weights(self.network, self.weights)
 
 
 def described_by(settings: TrialSettings) -> DescribedNetwork:
@@ -139,8 +70,7 @@ def _key(settings: TrialSettings, names: Iterable[str]) -> str:
 @functools.lru_cache(maxsize=2)
 def _network_and_data(key: str) -> tuple[DescribedNetwork, ClassificationData]:
     settings = TrialSettings(**json.loads(key))
-    if settings.data is None:
-        raise UserError("trials need data: give --data")
+    check_data_is_named(settings)
     data = data_module(
         settings.data, settings.data_dir, settings.source, settings.resolution, settings.batch_size, 0,
         settings.data_options,
@@ -156,6 +86,9 @@ def _network_and_data(key: str) -> tuple[DescribedNetwork, ClassificationData]:
 
 @functools.lru_cache(maxsize=2)
 def _trials(key: str) -> TrialTraining:
+    # Lightning takes seconds to import, which a command line need not wait for
+    from microtune.modules.classifier import Classifier, network_of
+
     settings = TrialSettings(**json.loads(key))
     described, data = _network_and_data(_key(settings, OF_THE_DATA))
     with seeded_torch(0, 0, 0):  # the same network in every process, even without weights

@@ -37,6 +37,13 @@ CONNECT_SECONDS = 10
 SILENT_SECONDS = 60  # without a result, before the cluster is asked whether it has workers
 
 
+def check_workers(processes: int, cluster: str | None) -> None:
+    """Raises ``UserError`` where evaluations cannot be shared out so; starts nothing and asks nobody."""
+    check_at_least_one(processes=processes)
+    if cluster is not None and processes > 1:
+        raise UserError(f"processes is {processes} beside cluster {cluster}: leave one of them out")
+
+
 class Workers:
     """Evaluates on processes of this machine, or on a cluster; a worker that dies costs its evaluation, not the search.
 
@@ -65,9 +72,7 @@ class Workers:
     """
 
     def __init__(self, processes: int = 1, cluster: str | None = None):
-        check_at_least_one(processes=processes)
-        if cluster is not None and processes > 1:
-            raise UserError(f"processes is {processes} beside cluster {cluster}: leave one of them out")
+        check_workers(processes, cluster)
         self.processes = processes
         self.cluster = cluster
         self._client = None if cluster is None else _connect(cluster)

@@ -22,7 +22,8 @@ from rich.table import Table
 from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.trials import TrialSettings, described_by, trials
+from microtune.recipes.search.options import TrialSettings, check_data_is_named
+from microtune.recipes.search.trials import described_by, trials
 from microtune.recipes.training.command_line import check_at_least_one, run_recipe
 
 WAYS = {
@@ -37,11 +38,12 @@ def main(rounds: int = 3, json: bool = False, settings: TrialSettings = TrialSet
     """Measures what makes the contribution analysis fast: kept features, and candidates that train side by side.
 
     Args:
-        rounds: How often each way is measured.
-        json: Print one JSON object and nothing else.
+        rounds: Number of measurements of each way.
+        json: Whether to print one JSON object and nothing else.
     """
     torch.set_num_threads(1)
     check_at_least_one(rounds=rounds)
+    check_data_is_named(settings)
     described = described_by(settings)
     convolutions = described.operations.convolutions
     within = [layer for layer in convolutions[len(convolutions) - settings.base_depth :] if is_expanding(layer)]

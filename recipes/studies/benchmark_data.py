@@ -16,17 +16,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from microtune.datamodules.cifar import CIFAR
-from microtune.datamodules.digits import Digits
-from microtune.datamodules.image_folder import ImageFolder
-from microtune.datamodules.imagenet import ImageNet
-from microtune.datamodules.mswc import MSWC
-from microtune.datamodules.speech_commands import SpeechCommands
+from microtune.datamodules.contract import ClassificationData
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.command_line import check_at_least_one, listed, run_recipe
 from microtune.recipes.training.networks import describe_network
@@ -72,9 +66,18 @@ def main(
     check_at_least_one(batches=batches, rounds=rounds)
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}: give 0 or more")
+
+    # what cannot be is refused by now; these take seconds to import
+    from microtune.datamodules.cifar import CIFAR
+    from microtune.datamodules.digits import Digits
+    from microtune.datamodules.image_folder import ImageFolder
+    from microtune.datamodules.imagenet import ImageNet
+    from microtune.datamodules.mswc import MSWC
+    from microtune.datamodules.speech_commands import SpeechCommands
+
     in_memory = {"batch_size": batch_size, "num_workers": 0}
     decoding = {"resolution": resolution, "batch_size": batch_size, "num_workers": num_workers}
-    sources: dict[str, LightningDataModule] = {"digits": Digits(resolution=32, batch_size=batch_size, augment=True)}
+    sources: dict[str, ClassificationData] = {"digits": Digits(resolution=32, batch_size=batch_size, augment=True)}
     if cifar is not None:
         sources["cifar"] = CIFAR(cifar, resolution=resolution, **in_memory)
     if image_folder is not None:
@@ -92,8 +95,10 @@ def main(
     print(json_format.dumps(report, indent=2)) if json else print_table(report)
 
 
-def measure(data: LightningDataModule, width: float, scheme: str, batches: int, rounds: int) -> dict[str, Any]:
+def measure(data: ClassificationData, width: float, scheme: str, batches: int, rounds: int) -> dict[str, Any]:
     """Samples per second of the loader, of what is left to do on the device, and of the sparse step."""
+    from lightning.pytorch import LightningDataModule  # by need, as above
+
     started = time.perf_counter()
     data.prepare_data()
     data.setup()

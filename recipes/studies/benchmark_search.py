@@ -21,15 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from microtune.datamodules.progress import progress_bar
-from microtune.modules.atomic_files import whole_file, write_json
+from microtune.modules.atomic_files import write_json
 from microtune.modules.memory.training_memory import extra_memory_bytes
 from microtune.modules.networks.operations import NetworkOperations
 from microtune.modules.search.contributions import Contribution, ContributionTable
@@ -41,16 +39,19 @@ from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.recipes.search.budget import Budget, budget_of
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.finalists import train_finalists
-from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, make_toolbox
-from microtune.recipes.search.setup import Budget, budget_of, good_guesses, make_problem
+from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, good_guesses, make_toolbox
+from microtune.recipes.search.options import TrialSettings
 from microtune.recipes.search.shared_folder import open_shared_folder
-from microtune.recipes.search.trials import TrialSettings, accuracy, described_by
+from microtune.recipes.search.table_search import make_problem
+from microtune.recipes.search.trials import accuracy, described_by
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
 from microtune.recipes.training.memory_figures import KIB
 from microtune.recipes.training.networks import DescribedNetwork
+from microtune.recipes.training.pictures import drawn
 from microtune.recipes.training.run_folder import new_folder, read_config
 
 MEASUREMENTS = (
@@ -333,18 +334,16 @@ def print_table_level(results: Sequence[dict[str, Any]]) -> None:
 
 def draw_table_level(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the parts of the optimum of every search, table by table, as a PNG."""
-    matplotlib.use("Agg")
     names = list(dict.fromkeys(result["measurement"] for result in results))
-    figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4.5), layout="constrained", sharey=True)
-    for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
-        of_table = [result["of_optimum"] for result in results if result["measurement"] == name]
-        searches = list(of_table[0])
-        axes.boxplot([[part[search] * 100 for part in of_table] for search in searches], whis=(0, 100))
-        labels = [search.replace("_x4", "\n4 x") for search in searches]
-        axes.set_xticks(range(1, len(searches) + 1), labels, fontsize=8)
-        axes.set_title(name, fontsize=9)
-    figure.supylabel("part of the proven optimum, % (whiskers: worst and best)", fontsize=9)
-    _save(figure, path)
+    with drawn(path, 1, len(names), figsize=(4.5 * len(names), 4.5), sharey=True) as panels:
+        for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
+            of_table = [result["of_optimum"] for result in results if result["measurement"] == name]
+            searches = list(of_table[0])
+            axes.boxplot([[part[search] * 100 for part in of_table] for search in searches], whis=(0, 100))
+            labels = [search.replace("_x4", "\n4 x") for search in searches]
+            axes.set_xticks(range(1, len(searches) + 1), labels, fontsize=8)
+            axes.set_title(name, fontsize=9)
+        axes.figure.supylabel("part of the proven optimum, % (whiskers: worst and best)", fontsize=9)
 
 
 def print_accuracy_level(results: Sequence[dict[str, Any]]) -> None:
@@ -371,28 +370,22 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 
 def draw_accuracy_level(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the best validation accuracy over trials, one line per seed, as a PNG."""
-    matplotlib.use("Agg")
     names = list(dict.fromkeys(result["measurement"] for result in results))
-    figure, panels = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.5), layout="constrained")
-    colors = {"evolution": "tab:red", "random": "tab:blue", "optimum": "black"}
-    for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
-        rows = [result for result in results if result["measurement"] == name]
-        for row in rows:
-            curve = [value * 100 for value in row["best_val_top1"]]
-            label = row["arm"] if row["seed"] == 0 else None
-            if row["arm"] == "optimum":
-                axes.axhline(curve[-1], color="black", linestyle="--", linewidth=0.8, label=label and "table's optimum")
-            else:
-                axes.step(range(1, len(curve) + 1), curve, where="post", color=colors[row["arm"]], label=label)
-        axes.set(xlabel="trials", ylabel="best validation accuracy of a trial, %", title=name)
-        axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    with drawn(path, 1, len(names), figsize=(6.5 * len(names), 4.5)) as panels:
+        colors = {"evolution": "tab:red", "random": "tab:blue", "optimum": "black"}
+        for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
+            rows = [result for result in results if result["measurement"] == name]
+            for row in rows:
+                curve = [value * 100 for value in row["best_val_top1"]]
+                label = row["arm"] if row["seed"] == 0 else None
+                if row["arm"] == "optimum":
+                    axes.axhline(
+                        curve[-1], color="black", linestyle="--", linewidth=0.8, label=label and "table's optimum"
+                    )
+                else:
+                    axes.step(range(1, len(curve) + 1), curve, where="post", color=colors[row["arm"]], label=label)
+            axes.set(xlabel="trials", ylabel="best validation accuracy of a trial, %", title=name)
+            axes.legend(fontsize=8)
 
 
 if __name__ == "__main__":

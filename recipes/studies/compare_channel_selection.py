@@ -20,12 +20,13 @@ import wandb
 from microtune.modules.atomic_files import whole_file
 from microtune.modules.csv_rows import write_rows
 from microtune.modules.memory.training_memory import extra_memory_bytes
-from microtune.modules.search.trials import Choice
+from microtune.modules.search.short_training import Choice
 from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.sparse_update.simple_schemes import expanding_convolutions_that_fit
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.trials import TrialSettings, described_by
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.trials import described_by
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.compare_schemes import Judge
 from microtune.recipes.studies.data_set_list import keep_sources, load_data_sets

@@ -33,8 +33,10 @@ from microtune.modules.sparse_update.simple_schemes import (
 )
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.setup import Budget, budget_of, load_table, make_problem
-from microtune.recipes.search.trials import TrialSettings, described_by
+from microtune.recipes.search.budget import Budget, budget_of
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.table_search import load_table, make_problem
+from microtune.recipes.search.trials import described_by
 from microtune.recipes.studies.paired_trainings import (
     Training,
     draw_comparison,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from microtune.datamodules.data_sets import DataName
 from microtune.modules.atomic_files import write_json
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.trials import TrialSettings
+from microtune.recipes.search.options import TrialSettings
 
 Numbers = Literal["fp32", "int8"]
 

@@ -29,12 +29,12 @@ from microtune.modules.csv_rows import write_rows
 from microtune.modules.memory.microcontrollers import microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import extra_memory_bytes
-from microtune.modules.search.trials import Choice
+from microtune.modules.search.short_training import Choice
 from microtune.modules.sparse_update.simple_schemes import full_update
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes import evolve_update_scheme
-from microtune.recipes.search.setup import Budget, budget_of
+from microtune.recipes.search.budget import Budget, budget_of
 from microtune.recipes.search.trials import described_by
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.compare_schemes import Judge, ruled
@@ -43,7 +43,7 @@ from microtune.recipes.studies.paired_trainings import MAY_CHANGE, opened_folder
 from microtune.recipes.studies.result_rows import BUDGETS, METHODS, NUMBERS, Result, load_rows
 from microtune.recipes.studies.trial_grid import NOT_IN_KEY, Cell, best_rates, result, train_until_none_diverges
 from microtune.recipes.studies.watched_files import watched
-from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
+from microtune.recipes.training.command_line import called_with, check_at_least_one, flat, listed, run_recipe
 from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.memory_figures import fit_of, scheme_fits
 from microtune.recipes.training.networks import DescribedNetwork
@@ -274,9 +274,8 @@ def search(arguments: dict[str, Any], folder: str) -> str | None:
         shutil.rmtree(folder, ignore_errors=True)  # it had not begun
     try:
         with quiet():
-            evolve_update_scheme.main(
-                **arguments, logger="none", out_dir=Path(folder), resume=(Path(folder) / "config.yaml").exists()
-            )
+            of_run = {"logger": "none", "out_dir": Path(folder), "resume": (Path(folder) / "config.yaml").exists()}
+            called_with(evolve_update_scheme.main, arguments | of_run)
     except UserError as error:
         return f"{Path(folder).name}: {error}"
     return None

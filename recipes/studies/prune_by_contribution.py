@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import wandb
 from torch import Tensor, nn
 
 from microtune.datamodules.contract import Split
@@ -33,9 +32,9 @@ from microtune.datamodules.data_sets import DataName
 from microtune.datamodules.kept_features import TrunkFeatures
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.atomic_files import write_json
-from microtune.modules.classifier import Classifier, learning_rate_factor
 from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.int8.files import is_quantized_file
+from microtune.modules.learning_rate import learning_rate_factor
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import flash_bytes, multiply_accumulates
 from microtune.modules.networks.operations import find_operations
@@ -43,7 +42,6 @@ from microtune.modules.search.frozen_trunk import cut_network, features_of
 from microtune.modules.sparse_update.channel_importance import ChannelImportance
 from microtune.modules.sparse_update.simple_schemes import classifier_only
 from microtune.modules.user_error import UserError
-from microtune.recipes.studies.paired_trainings import opened_folder
 from microtune.recipes.studies.pruning_report import (
     UNPRUNED,
     PrunedRow,
@@ -69,11 +67,9 @@ from microtune.recipes.studies.structured_pruning import (
 )
 from microtune.recipes.training.command_line import check_at_least_one, flat, listed, numbers, run_recipe
 from microtune.recipes.training.data_module import data_module
-from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.networks import DescribedNetwork, describe_network
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.plan import check_ranges, source_of_weights
-from microtune.recipes.training.pretrained import load_pretrained
 from microtune.recipes.training.run_folder import new_folder
 
 log = logging.getLogger(__name__)
@@ -182,6 +178,9 @@ def main(
             raise UserError(f"{name} is {arguments[name]}: give 0 or more")
     names, parts = criteria_of(criteria), sparsities_of(sparsities)
     source = floating_point_source(network, weights)
+
+    from microtune.recipes.studies.paired_trainings import opened_folder  # by need, as its imports take seconds
+
     of_data = data_module(data, data_dir, source, resolution, batch_size, 0, data_options)
     if not of_data.val_samples:
         raise UserError("single units are judged on the validation split: leave validation_fraction 0 out")
@@ -243,6 +242,10 @@ def prepare(
     source: str, described: DescribedNetwork, data: Any, fine_tuning: FineTuning, choice_samples: int
 ) -> Pruning:
     """Loads the network, finds its groups and measures its channels on training samples."""
+    # Lightning takes seconds to import, which a command line need not wait for
+    from microtune.modules.classifier import Classifier
+    from microtune.recipes.training.pretrained import load_pretrained
+
     module = Classifier(described.arguments, class_names=data.class_names, input_shape=list(described.input_shape))
     load_pretrained(module, source, described.input_shape, whole=True)
     network = module.net.eval()
@@ -494,6 +497,10 @@ def log_to_wandb(
     """Logs the results and the pictures as one run."""
     if logger != "wandb":
         return
+    import wandb
+
+    from microtune.recipes.training.loggers import make_loggers, wandb_run
+
     experiment = wandb_run(make_loggers(logger, out_dir, "prune_by_contribution"))
     if experiment is not None:
         experiment.config.update({"arguments": arguments}, allow_val_change=True)

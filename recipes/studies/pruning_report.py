@@ -8,17 +8,14 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import rankdata
 
-from microtune.modules.atomic_files import whole_file
 from microtune.recipes.studies.student_interval import CONFIDENCE, interval
 from microtune.recipes.training.memory_figures import KIB
+from microtune.recipes.training.pictures import drawn
 
 UNPRUNED = "unpruned"
 RESAMPLES = 2000  # of the bootstrap: the ends of its interval vary by about a hundredth
@@ -126,6 +123,8 @@ def correlations(units: Sequence[SingleUnit], criteria: Sequence[str]) -> list[d
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    from scipy.stats import rankdata  # a second, which a command line need not wait for
+
     return rankdata(values, axis=1)
 
 
@@ -252,71 +251,59 @@ def _points(entry: dict[str, Any]) -> str:
 
 def draw_prunings(report: dict[str, Any], title: str, path: Path) -> None:
     """Draws accuracy over multiply-accumulates, without and with fine-tuning: means, and ranges over seeds."""
-    matplotlib.use("Agg")
     tuned = [flag for flag in (False, True) if any(entry["fine_tuned"] == flag for entry in report["prunings"])]
-    figure, panels = plt.subplots(
-        1, len(tuned), figsize=(6 * len(tuned), 4.5), layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, fine_tuned in zip(panels[0], tuned, strict=True):
-        entries = [entry for entry in report["prunings"] if entry["fine_tuned"] == fine_tuned]
-        unpruned = [entry for entry in entries if entry["criterion"] == UNPRUNED]
-        for index, name in enumerate(report["criteria"]):
-            own = unpruned + [entry for entry in entries if entry["criterion"] == name]
-            own.sort(key=lambda entry: entry["multiply_accumulates_mean"])
-            x = [entry["multiply_accumulates_mean"] / 1e6 for entry in own]
-            color = "grey" if name == "random" else f"C{index}"
-            axes.plot(x, [entry["top1_mean"] * 100 for entry in own], "o-", color=color, label=name, markersize=4)
-            low, high = ([limit(entry["top1"].values()) * 100 for entry in own] for limit in (min, max))
-            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        when = f"after {report['fine_tuning_steps']} steps of fine-tuning" if fine_tuned else "without fine-tuning"
-        axes.set(xlabel="multiply-accumulates, millions", title=when)
-        axes.grid(linewidth=0.4)
-    panels[0][0].set_ylabel("top-1 on the test split, %")
-    panels[0][-1].legend(fontsize=8, loc="lower right")
-    figure.suptitle(title)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    with drawn(path, 1, len(tuned), figsize=(6 * len(tuned), 4.5), sharey=True, squeeze=False) as panels:
+        for axes, fine_tuned in zip(panels[0], tuned, strict=True):
+            entries = [entry for entry in report["prunings"] if entry["fine_tuned"] == fine_tuned]
+            unpruned = [entry for entry in entries if entry["criterion"] == UNPRUNED]
+            for index, name in enumerate(report["criteria"]):
+                own = unpruned + [entry for entry in entries if entry["criterion"] == name]
+                own.sort(key=lambda entry: entry["multiply_accumulates_mean"])
+                x = [entry["multiply_accumulates_mean"] / 1e6 for entry in own]
+                color = "grey" if name == "random" else f"C{index}"
+                axes.plot(x, [entry["top1_mean"] * 100 for entry in own], "o-", color=color, label=name, markersize=4)
+                low, high = ([limit(entry["top1"].values()) * 100 for entry in own] for limit in (min, max))
+                axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            when = f"after {report['fine_tuning_steps']} steps of fine-tuning" if fine_tuned else "without fine-tuning"
+            axes.set(xlabel="multiply-accumulates, millions", title=when)
+            axes.grid(linewidth=0.4)
+        panels[0][0].set_ylabel("top-1 on the test split, %")
+        panels[0][-1].legend(fontsize=8, loc="lower right")
+        panels[0][0].figure.suptitle(title)
 
 
 def draw_single_units(units: Sequence[SingleUnit], report: dict[str, Any], path: Path) -> None:
     """Draws the loss increase of every unit over its score by each criterion, with Spearman's rho."""
-    matplotlib.use("Agg")
     criteria = report["criteria"]
     columns = min(3, len(criteria))
     lines = -(-len(criteria) // columns)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=(4.3 * columns, 3.6 * lines), layout="constrained", sharey=True, squeeze=False
-    )
-    # linear around zero, where half of the units are, and logarithmic beyond
-    around_zero = max(float(np.median([abs(unit.loss_increase) for unit in units])), 1e-9)
-    for axes, name in zip(panels.flat, criteria, strict=False):
-        # dead units, whose scores are next to nothing, are drawn at the left edge
-        least = float(np.percentile([getattr(unit, name) for unit in units], 3)) / 3
-        for kind, color, marker in (("expanded", "tab:blue", "."), ("residual_stream", "tab:red", "x")):
-            own = [unit for unit in units if unit.kind == kind]
-            x, y = [max(getattr(unit, name), least) for unit in own], [unit.loss_increase for unit in own]
-            axes.scatter(x, y, s=18, color=color, marker=marker, linewidths=0.8, label=kind.replace("_", " "))
-        if name != "random":
-            axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=around_zero)
-        axes.axhline(0, color="black", linewidth=0.6)
-        entry = next(
-            one
-            for one in report["correlations"]
-            if (one["criterion"], one["target"], one["kind"]) == (name, "loss_increase", "all")
-        )
-        rho = "no rank correlation" if entry["rho"] is None else f"rho = {entry['rho']:.2f}"
-        axes.set(xlabel=f"{name} of the unit", title=rho)
-        axes.grid(linewidth=0.3)
-    for axes in panels.flat[len(criteria) :]:
-        axes.set_visible(False)
-    for line in panels:
-        line[0].set_ylabel("loss increase without the unit")
-    panels[0][0].legend(fontsize=8)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    with drawn(path, lines, columns, figsize=(4.3 * columns, 3.6 * lines), sharey=True, squeeze=False) as panels:
+        # linear around zero, where half of the units are, and logarithmic beyond
+        around_zero = max(float(np.median([abs(unit.loss_increase) for unit in units])), 1e-9)
+        for axes, name in zip(panels.flat, criteria, strict=False):
+            # dead units, whose scores are next to nothing, are drawn at the left edge
+            least = float(np.percentile([getattr(unit, name) for unit in units], 3)) / 3
+            for kind, color, marker in (("expanded", "tab:blue", "."), ("residual_stream", "tab:red", "x")):
+                own = [unit for unit in units if unit.kind == kind]
+                x, y = [max(getattr(unit, name), least) for unit in own], [unit.loss_increase for unit in own]
+                axes.scatter(x, y, s=18, color=color, marker=marker, linewidths=0.8, label=kind.replace("_", " "))
+            if name != "random":
+                axes.set_xscale("log")
+            axes.set_yscale("symlog", linthresh=around_zero)
+            axes.axhline(0, color="black", linewidth=0.6)
+            entry = next(
+                one
+                for one in report["correlations"]
+                if (one["criterion"], one["target"], one["kind"]) == (name, "loss_increase", "all")
+            )
+            rho = "no rank correlation" if entry["rho"] is None else f"rho = {entry['rho']:.2f}"
+            axes.set(xlabel=f"{name} of the unit", title=rho)
+            axes.grid(linewidth=0.3)
+        for axes in panels.flat[len(criteria) :]:
+            axes.set_visible(False)
+        for line in panels:
+            line[0].set_ylabel("loss increase without the unit")
+        panels[0][0].legend(fontsize=8)
 
 
 def print_report(report: dict[str, Any], out_dir: Path) -> None:

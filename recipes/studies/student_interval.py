@@ -4,8 +4,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy.special import stdtrit  # what scipy.stats calls, which takes seconds to import
-
 CONFIDENCE = 0.95
 
 
@@ -19,6 +17,9 @@ def interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tu
     count = len(differences)
     if count < 2:
         return None
+    # by need, as it takes half a second; scipy.stats, which calls it, takes more
+    from scipy.special import stdtrit
+
     half = stdtrit(count - 1, (1 + confidence) / 2) * statistics.stdev(differences) / math.sqrt(count)
     mean = statistics.mean(differences)
     return float(mean - half), float(mean + half)

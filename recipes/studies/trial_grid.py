@@ -12,9 +12,10 @@ import torch
 
 from microtune.datamodules.contract import Split
 from microtune.modules.atomic_files import write_json
-from microtune.modules.search.trials import Choice
+from microtune.modules.search.short_training import Choice
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.search.trials import TrialSettings, trials
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.trials import trials
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.watched_files import watched
 

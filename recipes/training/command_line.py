@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -53,6 +54,11 @@ def option_groups(main: Callable[..., Any]) -> dict[str, type]:
     return {name: kind for name, kind in get_type_hints(main).items() if name != "return" and is_dataclass(kind)}
 
 
+def own_parameters(main: Callable[..., Any]) -> set[str]:
+    """The other parameters of a recipe; each stands in the place of a group's field of its name."""
+    return set(signature(main).parameters) - set(option_groups(main))
+
+
 def parser_of(main: Callable[..., Any]) -> ArgumentParser:
     """The command line of a recipe: a flag for each parameter, and for each field of those that are dataclasses."""
     groups = option_groups(main)
@@ -61,7 +67,7 @@ def parser_of(main: Callable[..., Any]) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="File of arguments in YAML, such as a run's config.yaml.")
     parser.add_function_arguments(main, as_group=False, skip=set(groups))
     for kind in groups.values():
-        parser.add_class_arguments(kind)
+        parser.add_class_arguments(kind, skip=own_parameters(main))
     return parser
 
 
@@ -72,12 +78,13 @@ def called_with(main: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
         called_with(train_cifar.main, {"epochs": 3, "mcu": "rp2040"})
     """
-    arguments = dict(arguments)
+    own = {name: arguments[name] for name in own_parameters(main) & arguments.keys()}
+    others = {name: value for name, value in arguments.items() if name not in own}
     groups = {
-        name: kind(**{field.name: arguments.pop(field.name) for field in fields(kind) if field.name in arguments})
+        name: kind(**{field.name: others.pop(field.name) for field in fields(kind) if field.name in others})
         for name, kind in option_groups(main).items()
     }
-    return main(**arguments, **groups)
+    return main(**own, **others, **groups)
 
 
 def flat(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -87,9 +94,10 @@ def flat(arguments: dict[str, Any]) -> dict[str, Any]:
 
         flat({"epochs": 3, "int8": Int8Options()})  # {"epochs": 3, "gradient_scaling": True, ...}
     """
+    own = {name: value for name, value in arguments.items() if not is_dataclass(value)}
     result = {}
     for name, value in arguments.items():
-        result |= asdict(value) if is_dataclass(value) else {name: value}
+        result |= {name: value} if name in own else asdict(value) | own
     return {name: str(value) if isinstance(value, Path) else value for name, value in result.items()}
 
 

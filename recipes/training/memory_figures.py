@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from microtune.modules.atomic_files import whole_file
 from microtune.modules.memory.microcontrollers import Fit, Microcontroller
 from microtune.modules.memory.peak_memory import CATEGORIES, PeakMemory, Timeline, largest_resolution_that_fits
 from microtune.modules.memory.training_memory import (
@@ -20,6 +19,7 @@ from microtune.modules.memory.training_memory import (
 from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.recipes.training.pictures import drawn
 
 KIB = 1024
 
@@ -171,47 +171,43 @@ def _kib(size_bytes: float) -> str:
 
 def draw_memory(timeline: Timeline, microcontroller: Microcontroller, title: str, path: Path | str) -> None:
     """Draws the bytes alive over the operations of one training step, with the budget as a line, as a PNG."""
-    import matplotlib  # a second, which figures alone need not wait for
+    from matplotlib import colormaps  # imported by need, as all of matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
-    edges = np.arange(len(timeline.moments) + 1) - 0.5  # of the steps, so that the first and last are whole
-    colors = plt.get_cmap("tab10").colors
-    series = [timeline.bytes_of_category[category] / KIB for category in CATEGORIES]
-    shown = [
-        (name, values, color) for name, values, color in zip(CATEGORIES, series, colors, strict=False) if any(values)
-    ]
-    axes.stackplot(
-        edges,
-        [np.append(values, values[-1]) for _, values, _ in shown],
-        labels=[name for name, _, _ in shown],
-        colors=[color for _, _, color in shown],
-        step="post",
-    )
-    budget_kib = microcontroller.budget_bytes / KIB
-    axes.axhline(
-        budget_kib, color="black", linestyle="--", label=f"budget of {microcontroller.name}: {budget_kib:.0f} KiB"
-    )
-    forward = sum(name.endswith("forward") for name in timeline.moments)
-    axes.axvline(forward - 0.5, color="grey", linewidth=0.8)
-    for x, label in ((forward / 2, "forward"), ((forward + len(timeline.moments)) / 2, "backward")):
-        axes.text(x, 0.99, label, transform=axes.get_xaxis_transform(), ha="center", va="top", color="grey")
-    highest = int(timeline.total_bytes.argmax())
-    peak_kib = timeline.total_bytes[highest] / KIB
-    is_early = highest < len(timeline.moments) / 2
-    axes.annotate(
-        f"peak {peak_kib:.1f} KiB\n{timeline.moments[highest]}",
-        (highest, peak_kib),
-        xytext=(8 if is_early else -8, 4),
-        textcoords="offset points",
-        ha="left" if is_early else "right",
-        fontsize=8,
-    )
-    axes.set(xlabel="operation", ylabel="bytes alive, KiB", title=title, xlim=(-0.5, len(timeline.moments) - 0.5))
-    axes.set_ylim(0, 1.2 * max(peak_kib, budget_kib))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    with drawn(path, figsize=(11, 5)) as axes:
+        edges = np.arange(len(timeline.moments) + 1) - 0.5  # of the steps, so that the first and last are whole
+        colors = colormaps["tab10"].colors
+        series = [timeline.bytes_of_category[category] / KIB for category in CATEGORIES]
+        shown = [
+            (name, values, color)
+            for name, values, color in zip(CATEGORIES, series, colors, strict=False)
+            if any(values)
+        ]
+        axes.stackplot(
+            edges,
+            [np.append(values, values[-1]) for _, values, _ in shown],
+            labels=[name for name, _, _ in shown],
+            colors=[color for _, _, color in shown],
+            step="post",
+        )
+        budget_kib = microcontroller.budget_bytes / KIB
+        axes.axhline(
+            budget_kib, color="black", linestyle="--", label=f"budget of {microcontroller.name}: {budget_kib:.0f} KiB"
+        )
+        forward = sum(name.endswith("forward") for name in timeline.moments)
+        axes.axvline(forward - 0.5, color="grey", linewidth=0.8)
+        for x, label in ((forward / 2, "forward"), ((forward + len(timeline.moments)) / 2, "backward")):
+            axes.text(x, 0.99, label, transform=axes.get_xaxis_transform(), ha="center", va="top", color="grey")
+        highest = int(timeline.total_bytes.argmax())
+        peak_kib = timeline.total_bytes[highest] / KIB
+        is_early = highest < len(timeline.moments) / 2
+        axes.annotate(
+            f"peak {peak_kib:.1f} KiB\n{timeline.moments[highest]}",
+            (highest, peak_kib),
+            xytext=(8 if is_early else -8, 4),
+            textcoords="offset points",
+            ha="left" if is_early else "right",
+            fontsize=8,
+        )
+        axes.set(xlabel="operation", ylabel="bytes alive, KiB", title=title, xlim=(-0.5, len(timeline.moments) - 0.5))
+        axes.set_ylim(0, 1.2 * max(peak_kib, budget_kib))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)

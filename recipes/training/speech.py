@@ -1,6 +1,6 @@
 """What the recipes on spoken words share."""
 
-from microtune.datamodules.keyword_audio import spectrogram_shape
+from microtune.datamodules.spectrogram_shape import spectrogram_shape
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.networks import input_shape_of
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtune.datamodules import decoded_audio
-from microtune.datamodules.decoded_audio import CLIP_SAMPLES, decode_clips, default_cache_dir, one_second, read_audio
+from microtune.datamodules.decoded_audio import decode_clips, default_cache_dir, one_second, read_audio
+from microtune.datamodules.spectrogram_shape import CLIP_SAMPLES
 from microtune.modules.user_error import UserError
 
 

@@ -20,9 +20,9 @@ from microtune.datamodules.keyword_audio import (
     join_recordings,
     masked,
     shifted_in_time,
-    spectrogram_shape,
 )
 from microtune.datamodules.reproducible_order import data_loader
+from microtune.datamodules.spectrogram_shape import spectrogram_shape
 from microtune.modules.user_error import UserError
 
 FRACTIONS = st.floats(0, 1, exclude_max=True, width=32)

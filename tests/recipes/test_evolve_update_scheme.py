@@ -36,10 +36,11 @@ from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.channel_choice import highest_channels
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.evolve_update_scheme import main
-from microtune.recipes.search import trials as trial_setup
-from microtune.recipes.search.setup import measure_gradient
+from microtune.recipes.search.gradient_search import measure_gradient
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.trials import accuracy
 from microtune.recipes.search.workers import Workers
-from microtune.recipes.training.command_line import run
+from microtune.recipes.training.command_line import run_recipe
 from microtune.recipes.training.memory_figures import scheme_fits
 from microtune.recipes.training.networks import describe_network
 
@@ -69,8 +70,8 @@ def call(*words, with_picture=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words)])
         if not with_picture:
-            patch.setattr("microtune.recipes.search.evolution.draw_search", lambda *_: None)
-        run(main)
+            patch.setattr("microtune.recipes.search.run.draw_search", lambda *_: None)
+        run_recipe(main)
     return found_in(words[words.index("--out_dir") + 1])
 
 
@@ -430,7 +431,7 @@ def killed(forking, words_of, tmp_path_factory):
         folders[fitness] = tmp_path_factory.mktemp("killed") / fitness
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words), "--out_dir", str(folders[fitness])])
-            child = forking.Process(target=run, args=(main,))
+            child = forking.Process(target=run_recipe, args=(main,))
             child.start()
         wait_until(child, lambda folder=folders[fitness]: generation_in(folder) >= 2)
         child.kill()
@@ -498,12 +499,12 @@ def test_schemes_differ_in_accuracy(whole):
 def test_accuracy_is_that_of_the_trial(whole, words_of, small_table):
     found = whole["accuracy"]
     arguments = dict(zip(words_of["accuracy"][::2], words_of["accuracy"][1::2], strict=True))
-    settings = trial_setup.TrialSettings(
+    settings = TrialSettings(
         "digits", None, weights=str(arguments["--weights"]), width=0.35, resolution=32, base_depth=18, steps=10,
         learning_rate=1.0,
     )  # fmt: skip
     optimum = UpdateScheme.load(found.folder / "optimum.json")
-    assert trial_setup.accuracy(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
+    assert accuracy(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
 
 
 def test_several_processes_find_the_same(forking, whole, words_of, monkeypatch, tmp_path):
@@ -530,7 +531,7 @@ def by_gradient(weights):
 @pytest.fixture(scope="module")
 def measured(weights):
     """The gradient that ``by_gradient`` asks for, on the first 70 samples."""
-    settings = trial_setup.TrialSettings("digits", weights=str(weights), resolution=32, base_depth=18)
+    settings = TrialSettings("digits", weights=str(weights), resolution=32, base_depth=18)
     return measure_gradient(settings, 70, seed=0)
 
 
@@ -777,11 +778,9 @@ def test_search_by_gradient_stopped_and_resumed(
 def test_really_trained_by_gradient(by_gradient, weights, tmp_path):
     words = ("--fitness", "accuracy", "--evaluations", 6, "--population", 4, "--steps", 4, "--learning_rate", 1.0)
     found = call(*by_gradient, *words, "--finalists", 0, "--out_dir", tmp_path / "out")
-    settings = trial_setup.TrialSettings(
-        "digits", weights=str(weights), resolution=32, base_depth=18, steps=4, learning_rate=1.0
-    )
+    settings = TrialSettings("digits", weights=str(weights), resolution=32, base_depth=18, steps=4, learning_rate=1.0)
     optimum = UpdateScheme.load(tmp_path / "out/optimum.json")
-    assert trial_setup.accuracy(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
+    assert accuracy(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
 
 
 def test_whole_layers_and_multiples_of_a_measured_table(small, tmp_path):
@@ -846,7 +845,7 @@ def all_mcus(small, tmp_path_factory):
     words = [word for pair in words.items() for word in pair]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words), "--all_mcus", "--out_dir", str(out_dir)])
-        run(main)
+        run_recipe(main)
     return out_dir
 
 

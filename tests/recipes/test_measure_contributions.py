@@ -25,7 +25,8 @@ from microtune.modules.search.contributions import ContributionTable
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.measure_contributions import main
 from microtune.recipes.search import trials as trial_setup
-from microtune.recipes.search.trials import TrialSettings
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.training.command_line import called_with
 
 RECIPE = "measure_contributions"
 EXPANDING = ("features.16.conv.0.0", "features.17.conv.0.0")  # within the last six convolutions
@@ -151,7 +152,7 @@ def whole(words, tmp_path_factory):
     defaults = {field.name: getattr(TrialSettings, field.name) for field in fields(TrialSettings)[3:]}
     arguments = {"data_dir": None, "data_options": {}} | defaults | arguments | {"weights": str(arguments["weights"])}
     out_dir = tmp_path_factory.mktemp("whole") / "out"
-    main(**arguments, out_dir=out_dir)
+    called_with(main, {**arguments, "out_dir": out_dir})
     return out_dir
 
 
@@ -293,8 +294,8 @@ def test_saved_configuration_reproduces_it(built_anew, whole, finished, command,
 
 def test_command_line_goes_on_with_what_python_began(command, tmp_path):
     """A call from Python need not name what has a default."""
-    main("", bias_depths="1", seeds=1, logger="none", out_dir=tmp_path / "out", data="digits", data_dir=None,
-         resolution=32, base_depth=1, steps=1)  # fmt: skip
+    main("", bias_depths="1", seeds=1, logger="none", out_dir=tmp_path / "out",
+         settings=TrialSettings("digits", resolution=32, base_depth=1, steps=1))  # fmt: skip
     ended = command(
         *(RECIPE, "--layers", "", "--bias_depths", "1", "--seeds", 1, "--logger", "none", "--data", "digits"),
         *("--resolution", 32, "--base_depth", 1, "--steps", 1, "--out_dir", tmp_path / "out"),

@@ -18,7 +18,8 @@ from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes import quickstart
-from microtune.recipes.search.setup import Budget, make_problem
+from microtune.recipes.search.budget import Budget
+from microtune.recipes.search.table_search import make_problem
 
 METHODS = ["classifier", "biases", "last_layers", "sub_tensor", "full", "evolved"]
 KEYS = {

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.finalists import rank_correlation, train_finalists
-from microtune.recipes.search.trials import TrialSettings
+from microtune.recipes.search.options import TrialSettings
 
 PROBLEM = SimpleNamespace(
     scheme=lambda genome: UpdateScheme("network", genome[0]),

@@ -8,10 +8,19 @@ from hypothesis import strategies as st
 
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.search.contributions import ContributionTable
+from microtune.modules.search.scheme_optimum import proven_optimum
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.genetic_algorithm import Individual, evolve, make_toolbox, mutate, new_children, survivors
+from microtune.recipes.search.genetic_algorithm import (
+    Individual,
+    evolve,
+    good_guesses,
+    make_toolbox,
+    mutate,
+    new_children,
+    survivors,
+)
 from microtune.recipes.training.networks import describe_network
 
 
@@ -146,3 +155,28 @@ def test_loosely_repaired_leaves_memory_unused(small_table):
 def test_every_lost_evaluation_is_an_error_of_the_search(problem):
     with pytest.raises(UserError, match="every evaluation was lost with its worker"):
         course_of(problem, lambda genome: None, evaluations=10)
+
+
+# ---- what it begins with
+
+
+@pytest.mark.parametrize("population", [1, 2, 4, 16, 100])
+def test_good_guesses(problem, population):
+    """The optimum first, all of them distinct and within the budget, with room for what is random."""
+    random.seed(0)
+    optimum = proven_optimum(problem)
+    guesses = good_guesses(problem, optimum, population)
+    assert len(set(guesses)) == len(guesses) <= population * 3 / 4
+    assert guesses[:1] == [optimum.genome][: len(guesses)]
+    assert all(problem.fits(guess) for guess in guesses)
+    if population == 100:
+        assert len(set(guesses) & set(problem.neighbours(optimum.genome))) > 5
+
+
+def test_guesses_depend_on_the_seed_only(problem):
+    optimum = proven_optimum(problem)
+    found = []
+    for _ in range(2):
+        random.seed(3)
+        found.append(good_guesses(problem, optimum, 16))
+    assert found[0] == found[1]

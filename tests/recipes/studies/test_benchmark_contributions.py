@@ -43,7 +43,7 @@ def test_ways_that_differ_are_told(command, monkeypatch):
     def accuracies(training, schemes, seed, split="val"):
         return [float(training.features.keep == "none" and len(schemes) > 1)] * len(schemes)
 
-    monkeypatch.setattr("microtune.modules.search.trials.TrialTraining.accuracies", accuracies)
+    monkeypatch.setattr("microtune.modules.search.short_training.TrialTraining.accuracies", accuracies)
     ended = command(RECIPE, *SHORT, "--base_depth", 6)
     assert ended.status == 0, ended.errors
     assert "accuracies are the same: NO" in " ".join(ended.output.split())

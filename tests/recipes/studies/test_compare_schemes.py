@@ -24,7 +24,7 @@ from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes import train_cifar
-from microtune.recipes.search.setup import budget_of
+from microtune.recipes.search.budget import budget_of
 from microtune.recipes.studies import compare_schemes, paired_trainings
 from microtune.recipes.studies.compare_schemes import Judge, named_files, random_schemes, ruled
 from microtune.recipes.training.memory_figures import scheme_fits

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from microtune.modules.search.trials import Choice
+from microtune.modules.search.short_training import Choice
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.search.trials import TrialSettings
+from microtune.recipes.search.options import TrialSettings
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies import measure_results, trial_grid
 from microtune.recipes.studies.compare_schemes import Judge

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from microtune.modules.classifier import learning_rate_factor
 from microtune.modules.int8.stochastic_rounding import IntegerGenerator
+from microtune.modules.learning_rate import learning_rate_factor
 from microtune.modules.networks.operations import NetworkOperations, find_operations
 from microtune.modules.sparse_update.channel_choice import choose_channels, is_due, seed_at_step, to_be_chosen
 from microtune.modules.sparse_update.channel_importance import (

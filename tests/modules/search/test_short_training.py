@@ -16,11 +16,11 @@ from microtune.modules.networks.batch_norm_folding import fold_batch_norm
 from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.frozen_trunk import cut_network
-from microtune.modules.search.trials import Choice, TrialTraining
+from microtune.modules.search.short_training import Choice, TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search import trials as trial_setup
-from microtune.recipes.search.trials import TrialSettings
+from microtune.recipes.search.options import TrialSettings
 
 CLASSES = (0, 1, 2, 3)
 SHAPE = (1, 32, 32)

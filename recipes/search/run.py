@@ -4,10 +4,10 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from deap import tools
 
@@ -16,46 +16,21 @@ from microtune.modules.search.contributions import ContributionTable
 from microtune.modules.search.integer_program import Genome
 from microtune.modules.search.random_search import random_search
 from microtune.modules.user_error import UserError
+from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.finalists import train_finalists
-from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
+from microtune.recipes.search.genetic_algorithm import evolve, good_guesses, make_toolbox, rules_of_thumb
+from microtune.recipes.search.options import GRADIENT, Effort, TrialSettings
+from microtune.recipes.search.provenance import provenance_of
 from microtune.recipes.search.report import SearchLog, draw_search, updated_layers
-from microtune.recipes.search.setup import GRADIENT, Budget, Search, good_guesses, provenance_of, rules_of_thumb
-from microtune.recipes.search.trials import TrialSettings, accuracies
+from microtune.recipes.search.table_search import Search
+from microtune.recipes.search.trials import accuracies
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.run_folder import open_run_folder, refuse_another_run, write_config
 
 RECIPE = "evolve_update_scheme"  # whose command makes the same scheme
-CHOICE_SAMPLES = 512  # of a gradient
 LEFT_OUT = 0.5  # of what could be filled, where filling makes the same of all and schemes are trained
-
-FitnessName = Literal["table", "accuracy"]
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How schemes are judged, and for how long.
-
-    Args:
-        fitness: By the table, or by accuracy.
-        evaluations: Schemes to evaluate.
-        population: Survivors of a generation.
-        trial_seeds: Trainings of each scheme, where fitness is accuracy.
-        finalists: How many of the best are trained for longer.
-        final_steps: Optimizer steps of these; None for four times those of a trial.
-        final_seeds: Trainings of each of these.
-        seed: Of the search.
-    """
-
-    fitness: FitnessName
-    evaluations: int
-    population: int
-    trial_seeds: int
-    finalists: int
-    final_steps: int | None
-    final_seeds: int
-    seed: int
 
 
 def begin_search(out_dir: Path | None, arguments: dict[str, Any], resume: bool) -> Path:
