@@ -23,7 +23,6 @@ from microtune.recipes.search.options import TrialSettings, check_data_is_named
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.networks import DescribedNetwork, describe_network
-from microtune.recipes.training.pretrained import load_pretrained
 
 
 def described_by(settings: TrialSettings) -> DescribedNetwork:
@@ -88,6 +87,7 @@ def _network_and_data(key: str) -> tuple[DescribedNetwork, ClassificationData]:
 def _trials(key: str) -> TrialTraining:
     # Lightning takes seconds to import, which a command line need not wait for
     from microtune.modules.classifier import Classifier, network_of
+    from microtune.recipes.training.pretrained import load_pretrained
 
     settings = TrialSettings(**json.loads(key))
     described, data = _network_and_data(_key(settings, OF_THE_DATA))
