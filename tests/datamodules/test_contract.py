@@ -19,7 +19,8 @@ from microtune.modules.int8.files import read_quantized_network
 from microtune.modules.search.contributions import ContributionTable
 from microtune.modules.sparse_update.simple_schemes import classifier_only
 from microtune.recipes import measure_contributions, quantize_network
-from microtune.recipes.search.trials import TrialSettings, described_by, trials
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.trials import described_by, trials
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "datamodules/README.md").read_text(encoding="utf-8")
