@@ -2,10 +2,10 @@
 
 Python's own pool rather than another (tried on 2026-11-21 with two workers): workers of loky, pebble and mpire, too,
 outlive a parent that is killed, and none tries a lost evaluation again. loky 3.7 breaks as a whole where a worker dies,
-as Python's does, and ends workers that grow by 300 MB, which lose what they have cached. pebble 5.2 loses only the one
-evaluation, but waits forever for one that ended with ``os._exit(0)``, breaks where an idle worker dies, and starts the
-worker in its place without ``OMP_NUM_THREADS``. mpire 2.10 ends 1.7 s after Ctrl-C, with two tracebacks. Workers of a
-Dask cluster on this machine start in 6 to 8 s, these in 1.5 to 2.
+as Python's does, and ends workers that grow by 300 MB, which lose what they have cached. pebble 5.2 loses one
+evaluation only, but waits forever for one that ended with ``os._exit(0)``, breaks where an idle worker dies, and starts
+the worker in its place without ``OMP_NUM_THREADS``. mpire 2.10 ends 1.7 s after Ctrl-C, with two tracebacks. Workers of
+a Dask cluster on this machine start in 6 to 8 s, these in 1.5 to 2.
 
 Dask rather than Ray: ``distributed`` is pure Python, comes with 20 MB of packages under BSD-3, needs two commands to
 be a cluster, and speaks ``concurrent.futures`` like the pool of this machine. Ray's wheel is 80 MB, 200 unpacked, and
@@ -37,6 +37,13 @@ CONNECT_SECONDS = 10
 SILENT_SECONDS = 60  # without a result, before the cluster is asked whether it has workers
 
 
+def check_workers(processes: int, cluster: str | None) -> None:
+    """Raises ``UserError`` where evaluations cannot be shared out so; starts nothing and asks nobody."""
+    check_at_least_one(processes=processes)
+    if cluster is not None and processes > 1:
+        raise UserError(f"processes is {processes} beside cluster {cluster}: leave one of them out")
+
+
 class Workers:
     """Evaluates on processes of this machine, or on a cluster; a worker that dies costs its evaluation, not the search.
 
@@ -65,9 +72,7 @@ class Workers:
     """
 
     def __init__(self, processes: int = 1, cluster: str | None = None):
-        check_at_least_one(processes=processes)
-        if cluster is not None and processes > 1:
-            raise UserError(f"processes is {processes} beside cluster {cluster}: leave one of them out")
+        check_workers(processes, cluster)
         self.processes = processes
         self.cluster = cluster
         self._client = None if cluster is None else _connect(cluster)
