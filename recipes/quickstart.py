@@ -6,37 +6,35 @@ A small MobileNetV2 is trained on the digits 0 to 4. Short trainings on 5 to 9, 
 updates gain on the validation split, and from these contributions a genetic algorithm evolves an update scheme for the
 microcontroller. Then the network is adapted to 5 to 9 as a device would be: by updating the classifier only, the biases
 only, the last layers that fit, the same part of as many layers as fit (sub_tensor), everything, and what the evolved
-scheme says. Needs no network, no account and no GPU; about 160 seconds on two cores of an AMD EPYC.
+scheme says. Needs no network, no account and no GPU; @@ on two cores of an AMD EPYC, less on more.
 
 For an RP2040 (232 KiB) the evolved scheme gives 95 % within 139 KiB, sub_tensor 89 %, the last layers that fit 45 %,
 and full update, which does not fit, 95 %. For an STM32F411 (96 KiB) the evolved one gives 94 %, sub_tensor 65 %.
 """
 
+import functools
 import logging
 import math
+import os
 import random
 import shlex
 import statistics
+import tempfile
 import time
 import warnings
-from dataclasses import astuple
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import wandb
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from microtune.callbacks.sparse_update import SparseUpdate
-from microtune.datamodules.digits import Digits
 from microtune.datamodules.kept_features import TrunkFeatures
 from microtune.datamodules.progress import progress_bar
 from microtune.modules.atomic_files import write_json
-from microtune.modules.classifier import Classifier
 from microtune.modules.memory.microcontrollers import Microcontroller, microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.saved_for_backward import measure_saved_bytes
@@ -47,13 +45,20 @@ from microtune.modules.search.frozen_trunk import cut_network
 from microtune.modules.search.scheme_optimum import proven_optimum
 from microtune.modules.search.short_training import TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
 from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.contribution_trials import Trial, contributions_of, draw_contributions, updates_to_measure
+from microtune.recipes.search.contribution_trials import (
+    Trial,
+    Update,
+    contributions_of,
+    draw_contributions,
+    updates_to_measure,
+)
 from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
 from microtune.recipes.search.table_search import make_problem
-from microtune.recipes.training.command_line import check_at_least_one, run_recipe
-from microtune.recipes.training.loggers import make_loggers, wandb_run
+from microtune.recipes.search.workers import Workers
+from microtune.recipes.training.command_line import check_at_least_one, flat, run_recipe
 from microtune.recipes.training.memory_figures import KIB, memory_figures
 from microtune.recipes.training.networks import DescribedNetwork, describe_network
 from microtune.recipes.training.options import LoggerName
@@ -62,6 +67,9 @@ from microtune.recipes.training.plan import NAMED_SCHEMES
 from microtune.recipes.training.run_folder import open_run_folder, write_config
 from microtune.recipes.training.schemes import scheme_by_name_or_file
 from microtune.recipes.training.step_time import interleaved_seconds, prepared, training_step
+
+if TYPE_CHECKING:  # Lightning takes seconds to import: by need, in the functions that train
+    from lightning.pytorch import Callback, Trainer
 
 KNOWN_DIGITS, NEW_DIGITS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 WIDTH, RESOLUTION = 0.35, 32
@@ -73,45 +81,51 @@ LEARNING_RATE = 0.05
 # of the trials that measure contributions. All blocks but the first can be updated: the early ones have few channels,
 # so that their weights cost little. In trials of 40 or 60 steps, even two of them, most gains drown in the noise, and
 # half the learning rate thirds them.
-BASE_DEPTH, BIAS_DEPTHS, RATIOS = 48, "12,24,36", (0.5, 1.0)
+BASE_DEPTH, BIAS_DEPTHS, RATIOS = 48, (12, 24, 36), (0.5, 1.0)
 TRIAL_STEPS, TRIAL_SEEDS, TRIAL_LEARNING_RATE = 120, 1, 0.1
 EVALUATIONS, POPULATION = 1000, 40
+MOST_PROCESSES = 8  # by default: each takes seconds to start, for fewer than 60 trainings in all
 
 
 def main(
     mcu: str = "rp2040",
     head_convolution: bool = False,
     seeds: int = 3,
+    processes: int | None = None,
     logger: LoggerName = "wandb",
     out_dir: Path | None = None,
 ) -> dict[str, Any]:
     """The whole story in minutes, on data that needs no download: which updates fit an MCU, and what they buy.
 
     Args:
-        mcu: Microcontroller that the updates shall fit.
+        mcu: Microcontroller that the updates shall fit: stm32f746, stm32h743, stm32f411, stm32f407, stm32f412,
+            stm32f765, nrf52840, rp2040, rp2350, esp32s3 or imxrt1062.
         head_convolution: Whether the network has its last 1x1 convolution.
-        seeds: How often each adaptation is repeated, with another fresh classifier and order of samples.
-        logger: wandb (offline unless you are logged in), csv or none.
-        out_dir: Folder for the report; by default a new one below runs/.
+        seeds: Number of adaptations by each method, with other fresh classifiers and orders of samples.
+        processes: Number of processes that train, one thread each; by default one for each core, at most 8. The results
+            do not depend on it.
+        logger: Logger: wandb (offline unless you are logged in), or csv or none to do without.
+        out_dir: Folder of the report; by default a new one below runs/.
     """
-    started, arguments = time.monotonic(), dict(locals())
+    started, arguments = time.monotonic(), flat(locals())
     # images of 32 px are too small to share among cores: two threads gain nothing, and stall on a busy machine
     torch.set_num_threads(1)
-    check_at_least_one(seeds=seeds)
+    check_at_least_one(seeds=seeds, processes=processes)
     device = microcontroller(mcu)
     out_dir = open_run_folder(out_dir, "quickstart", resume=False)
     write_config(out_dir, arguments)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    described = describe_network("none", (1, RESOLUTION, RESOLUTION), len(NEW_DIGITS), WIDTH, head_convolution)
+    described = describe(head_convolution)
     peak_memory = PeakMemory(described.operations)
     schemes = {name: scheme_by_name_or_file(name, described, peak_memory, device) for name in NAMED_SCHEMES}
-    pretrained = pretrain(described)
-    table = measure_contributions(described, pretrained)
-    table.save(out_dir / "contributions.csv")
-    draw_contributions(table, described.operations.convolutions, out_dir / "contributions.png")
-    schemes["evolved"] = evolve_scheme(described, table, device)
-    top1 = adapt_under_all(described, pretrained, schemes, seeds)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with tempfile.TemporaryDirectory() as folder, Workers(processes or min(cores, MOST_PROCESSES)) as workers:
+        pretrained = Pretrained(str(Path(folder) / "pretrained.pth"), head_convolution)
+        torch.save(pretrain(described), pretrained.weights)
+        table = measure_contributions(pretrained, workers)
+        table.save(out_dir / "contributions.csv")
+        draw_contributions(table, described.operations.convolutions, out_dir / "contributions.png")
+        schemes["evolved"] = evolve_scheme(described, table, device)
+        top1 = adapt_under_all(pretrained, schemes, seeds, workers)
     measured = measure_steps(described, schemes)
 
     report = {"mcu": mcu, "budget_bytes": device.budget_bytes, "seeds": seeds, "methods": {}}
@@ -137,8 +151,37 @@ def main(
     return report
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """The network that knows the digits 0 to 4, as other processes find it.
+
+    Args:
+        weights: File of its state, with batch norm folded.
+        head_convolution: Whether it has its last 1x1 convolution.
+    """
+
+    weights: str
+    head_convolution: bool
+
+    def state(self) -> dict[str, Tensor]:
+        """Its weights."""
+        return torch.load(self.weights, weights_only=True)
+
+
+@functools.cache
+def describe(head_convolution: bool) -> DescribedNetwork:
+    """The network that learns the new digits."""
+    return describe_network("none", (1, RESOLUTION, RESOLUTION), len(NEW_DIGITS), WIDTH, head_convolution)
+
+
 def pretrain(described: DescribedNetwork) -> dict[str, Tensor]:
     """Trains a network with batch norm on the known digits; returns its state with batch norm folded."""
+    from lightning.pytorch import seed_everything
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from microtune.datamodules.digits import Digits
+    from microtune.modules.classifier import Classifier
+
     started = time.monotonic()
     seed_everything(0, verbose=False)
     network = {**described.arguments, "num_classes": len(KNOWN_DIGITS), "folded": False}
@@ -152,19 +195,29 @@ def pretrain(described: DescribedNetwork) -> dict[str, Tensor]:
     return fold_batch_norm(module.net, described.input_shape).state_dict()
 
 
-def measure_contributions(described: DescribedNetwork, pretrained: dict[str, Tensor]) -> ContributionTable:
+def evaluated(workers: Workers, description: str, function: Callable[..., float], *arguments: Sequence) -> list[float]:
+    """``map`` by the workers, with a bar that moves whenever each of them has had one call."""
+    calls, results = list(zip(*arguments, strict=True)), []
+    with progress_bar() as progress:
+        task = progress.add_task(description, total=len(calls))
+        for start in range(0, len(calls), workers.processes):
+            some = calls[start : start + workers.processes]
+            results += workers.map(function, *zip(*some, strict=True))
+            progress.advance(task, len(some))
+    if None in results:
+        raise UserError("a training was lost with its process, as the warning above says: give --processes 1")
+    return results
+
+
+def measure_contributions(pretrained: Pretrained, workers: Workers) -> ContributionTable:
     """Trains for some steps under one update after the other; their gains on the validation split are the table."""
     started = time.monotonic()
-    trials = make_trials(described, pretrained)
-    updates = updates_to_measure(described, BASE_DEPTH, "expanding", RATIOS, BIAS_DEPTHS)
-    made = []
-    with progress_bar() as progress:
-        task = progress.add_task("measuring contributions", total=TRIAL_SEEDS * len(updates))
-        for seed in range(TRIAL_SEEDS):
-            for update in updates:
-                (top1,) = trials.accuracies([update.scheme(described.name)], seed)
-                made.append(Trial(*astuple(update), seed, top1))
-                progress.advance(task)
+    updates = updates_to_measure(describe(pretrained.head_convolution), BASE_DEPTH, "expanding", RATIOS, BIAS_DEPTHS)
+    pairs = [(update, seed) for seed in range(TRIAL_SEEDS) for update in updates]
+    top1 = evaluated(
+        workers, "measuring contributions", trial_top1, [pretrained] * len(pairs), *zip(*pairs, strict=True)
+    )
+    made = [Trial(*astuple(update), seed, value) for (update, seed), value in zip(pairs, top1, strict=True)]
     table = ContributionTable(tuple(contributions_of(made, updates, TRIAL_SEEDS)))
     best = max((row for row in table.rows if row.layer), key=lambda row: row.gain)
     seconds = time.monotonic() - started
@@ -176,13 +229,25 @@ def measure_contributions(described: DescribedNetwork, pretrained: dict[str, Ten
     return table
 
 
-def make_trials(described: DescribedNetwork, pretrained: dict[str, Tensor]) -> TrialTraining:
+def trial_top1(pretrained: Pretrained, update: Update, seed: int) -> float:
+    """Trains for some steps under one update; returns the accuracy on the validation split."""
+    scheme = update.scheme(describe(pretrained.head_convolution).name)
+    return trials_from(pretrained).accuracies([scheme], seed)[0]
+
+
+@functools.lru_cache(maxsize=1)  # a process computes the trunk's features once
+def trials_from(pretrained: Pretrained) -> TrialTraining:
     """Short trainings on the new digits from the pretrained network, none of which sees a test image."""
+    from lightning.pytorch import seed_everything
+
+    from microtune.datamodules.digits import Digits
+
+    described = describe(pretrained.head_convolution)
     # 72 validation images would be too few to tell updates apart: here half of the training images validate
     data = Digits(NEW_DIGITS, RESOLUTION, BATCH_SIZE, augment=True, validation_fraction=0.5)
     data.setup()
     network = build_network(**described.arguments)
-    network.load_state_dict(pretrained)
+    network.load_state_dict(pretrained.state())
     trunk, rest = cut_network(network, described.operations, BASE_DEPTH)
     steps_per_epoch = math.ceil(data.train_samples / BATCH_SIZE)
     features = TrunkFeatures(trunk, data, copies=math.ceil(TRIAL_STEPS / steps_per_epoch))
@@ -215,32 +280,36 @@ def evolve_scheme(described: DescribedNetwork, table: ContributionTable, device:
 
 
 def adapt_under_all(
-    described: DescribedNetwork, pretrained: dict[str, Tensor], schemes: dict[str, UpdateScheme], seeds: int
+    pretrained: Pretrained, schemes: dict[str, UpdateScheme], seeds: int, workers: Workers
 ) -> dict[str, list[float]]:
     """The test accuracy of every seed after adapting with each of the methods."""
-    top1: dict[str, list[float]] = {name: [] for name in schemes}
-    with progress_bar() as progress:
-        task = progress.add_task("adapting to the digits 5 to 9", total=seeds * len(schemes))
-        for seed in range(seeds):
-            for name, scheme in schemes.items():
-                top1[name].append(adapt(described, pretrained, None if name == "full" else scheme, seed))
-                progress.advance(task)
-    return top1
+    # one method after the other: those that train at the same time take as long
+    pairs = [(None if name == "full" else scheme, seed) for name, scheme in schemes.items() for seed in range(seeds)]
+    top1 = evaluated(
+        workers, "adapting to the digits 5 to 9", adapt, [pretrained] * len(pairs), *zip(*pairs, strict=True)
+    )
+    return {name: top1[index * seeds : (index + 1) * seeds] for index, name in enumerate(schemes)}
 
 
-def adapt(described: DescribedNetwork, pretrained: dict[str, Tensor], scheme: UpdateScheme | None, seed: int) -> float:
+def adapt(pretrained: Pretrained, scheme: UpdateScheme | None, seed: int) -> float:
     """Trains on the new digits from the pretrained network; returns the accuracy on their test images.
 
     Args:
-        described: The network.
-        pretrained: Its state, trained on the known digits.
+        pretrained: The network.
         scheme: What is updated; everything without one.
-        seed: Of the fresh classifier and the order of the samples.
+        seed: Seed of the fresh classifier and the order of the samples.
     """
+    from lightning.pytorch import seed_everything
+
+    from microtune.callbacks.sparse_update import SparseUpdate
+    from microtune.datamodules.digits import Digits
+    from microtune.modules.classifier import Classifier
+
+    described = describe(pretrained.head_convolution)
     seed_everything(seed, verbose=False)
     module = Classifier(described.arguments, learning_rate=LEARNING_RATE)
     fresh = {name: value for name, value in module.net.state_dict().items() if name.startswith("classifier")}
-    module.net.load_state_dict(pretrained | fresh)
+    module.net.load_state_dict(pretrained.state() | fresh)
     data = Digits(NEW_DIGITS, RESOLUTION, BATCH_SIZE, seed, augment=True)
     callbacks = [] if scheme is None else [SparseUpdate(scheme, input_shape=described.input_shape)]
     trainer = quiet_trainer(ADAPTATION_EPOCHS, *callbacks)
@@ -248,8 +317,12 @@ def adapt(described: DescribedNetwork, pretrained: dict[str, Tensor], scheme: Up
     return trainer.test(module, data, verbose=False)[0]["test/top1"]
 
 
-def quiet_trainer(epochs: int, *callbacks: Callback) -> Trainer:
+def quiet_trainer(epochs: int, *callbacks: "Callback") -> "Trainer":
     """A Trainer on the CPU that prints and writes nothing."""
+    from lightning.pytorch import Trainer
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     return Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -324,6 +397,12 @@ def draw_accuracy_over_memory(report: dict[str, Any], path: Path) -> None:
 
 def log_to_wandb(logger: LoggerName, report: dict[str, Any], out_dir: Path) -> None:
     """Logs the table and the picture as one run."""
+    if logger != "wandb":
+        return
+    import wandb
+
+    from microtune.recipes.training.loggers import make_loggers, wandb_run
+
     experiment = wandb_run(make_loggers(logger, out_dir, "quickstart"))
     if experiment is None:
         return

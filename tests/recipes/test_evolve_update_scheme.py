@@ -53,6 +53,7 @@ CONTRACT = (
 BUDGETS = {"extra": ("--memory", "extra", "--budget_kib", 100), "peak": ("--mcu", "stm32f746")}
 BUDGET_BYTES = {"extra": 100 * 1024, "peak": 288 * 1024}
 SMALL_BUDGET = 30 * 1024
+IMPORTED_BY_NEED = ("microtune.recipes.training.pretrained", "microtune.datamodules.digits", "scipy.optimize")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -60,7 +61,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 @pytest.fixture(scope="module", autouse=True)
 def forking():
     """Processes that have imported everything: of those that are killed, and of workers. It takes long."""
-    forkserver.set_forkserver_preload(["microtune.recipes.evolve_update_scheme"])
+    forkserver.set_forkserver_preload(["microtune.recipes.evolve_update_scheme", *IMPORTED_BY_NEED])
     forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 
