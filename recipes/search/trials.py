@@ -93,13 +93,28 @@ class TrialSettings:
 
 
 def described_by(settings: TrialSettings) -> DescribedNetwork:
-    """The network that the settings train, without its weights."""
-    return _network_and_data(_key(settings, OF_THE_DATA))[0]
+    """The network that the settings train, without its weights; raises ``UserError`` without a validation split."""
+    described, data = network_and_data(settings)
+    if not data.val_samples:
+        raise UserError("trials are judged on the validation split: leave validation_fraction 0 out")
+    return described
 
 
-def trials(settings: TrialSettings) -> TrialTraining:
-    """The trials of these settings; a process builds them once."""
-    return _trials(_key(settings, TrialSettings.__dataclass_fields__))
+def network_and_data(
+    settings: TrialSettings, augmentation_seed: int = 0
+) -> tuple[DescribedNetwork, LightningDataModule]:
+    """The network that the settings train, without its weights, and the data; a process builds them once."""
+    return _network_and_data(_key(settings, OF_THE_DATA), augmentation_seed)
+
+
+def trials(settings: TrialSettings, augmentation_seed: int = 0) -> TrialTraining:
+    """The trials of these settings; a process builds them once.
+
+    Args:
+        settings: What decides their outcome.
+        augmentation_seed: Of the augmentation of the samples, which trainings of all seeds share.
+    """
+    return _trials(_key(settings, TrialSettings.__dataclass_fields__), augmentation_seed)
 
 
 def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, ...], split: Split = "val") -> float:
@@ -134,16 +149,14 @@ def _key(settings: TrialSettings, names: Iterable[str]) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _network_and_data(key: str) -> tuple[DescribedNetwork, LightningDataModule]:
+def _network_and_data(key: str, augmentation_seed: int) -> tuple[DescribedNetwork, LightningDataModule]:
     settings = TrialSettings(**json.loads(key))
     if settings.data is None:
         raise UserError("trials need data: give --data")
     data = data_module(
-        settings.data, settings.data_dir, settings.source, settings.resolution, settings.batch_size, 0,
-        settings.data_options,
+        settings.data, settings.data_dir, settings.source, settings.resolution, settings.batch_size,
+        augmentation_seed, settings.data_options,
     )  # fmt: skip
-    if not data.val_samples:
-        raise UserError("trials are judged on the validation split: leave validation_fraction 0 out")
     with seeded_torch(0, 0, 0):
         described = describe_network(
             settings.source, data.input_shape, data.num_classes, settings.width, settings.head_convolution
@@ -152,9 +165,9 @@ def _network_and_data(key: str) -> tuple[DescribedNetwork, LightningDataModule]:
 
 
 @functools.lru_cache(maxsize=2)
-def _trials(key: str) -> TrialTraining:
+def _trials(key: str, augmentation_seed: int) -> TrialTraining:
     settings = TrialSettings(**json.loads(key))
-    described, data = _network_and_data(_key(settings, OF_THE_DATA))
+    described, data = network_and_data(settings, augmentation_seed)
     with seeded_torch(0, 0, 0):  # the same network in every process, even without weights
         module = Classifier(described.arguments, class_names=data.class_names, input_shape=list(described.input_shape))
         load_pretrained(module, settings.source, described.input_shape, whole=False)

@@ -42,7 +42,7 @@ from microtune.modules.search.frozen_trunk import cut_network, features_of
 from microtune.modules.sparse_update.channel_importance import ChannelImportance
 from microtune.modules.sparse_update.simple_schemes import classifier_only
 from microtune.modules.user_error import UserError
-from microtune.recipes.studies.paired_trainings import opened_folder
+from microtune.recipes.studies.study_folder import opened_folder
 from microtune.recipes.studies.pruning_report import (
     UNPRUNED,
     PrunedRow,

@@ -96,8 +96,8 @@ def training_of(network, keep="memory", copies=2, base_depth=BASE_DEPTH, epochs=
     training = TrialTraining(rest, features, fresh_classifier, **arguments)
     training.trained, original = [], training._candidate
 
-    def candidate(scheme, seed):
-        training.trained.append(original(scheme, seed))
+    def candidate(*of):
+        training.trained.append(original(*of))
         return training.trained[-1]
 
     training._candidate = candidate
@@ -254,8 +254,8 @@ def test_learning_rate_warms_up_and_ends_near_zero(network, schemes):
     training = training_of(network, epochs=1, warmup_fraction=0.2)
     rates, original = [], training._candidate
 
-    def candidate(scheme, seed):
-        found = original(scheme, seed)
+    def candidate(*of):
+        found = original(*of)
         found.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
         return found
 
