@@ -31,15 +31,8 @@ from microtune.modules.user_error import UserError
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.named_json import checked
 from microtune.recipes.studies.paired_differences import compare_all, draw_comparisons, log_to_wandb, print_report
-from microtune.recipes.studies.seeded_trainings import train_until_none_diverges
-from microtune.recipes.studies.study import (
-    Case,
-    Study,
-    keep_results,
-    missing_from,
-    trainings_of,
-    with_chosen_rates,
-)
+from microtune.recipes.studies.seeded_trainings import Case, train_until_none_diverges
+from microtune.recipes.studies.study import Study, keep_results, missing_from, trainings_of, with_chosen_rates
 from microtune.recipes.studies.study_folder import MAY_CHANGE, hashes_of, keep_definitions, opened_folder, watched
 from microtune.recipes.studies.transfer_tasks import TransferTask, load_tasks
 from microtune.recipes.studies.way_schemes import (
@@ -171,8 +164,9 @@ def main(
     )  # fmt: skip
     check(study)
     schemes = schemes_of(study)
+    hashes = hashes_of({network.source for network in study.networks.values()} - {"none", "torchvision"})
     with opened_folder(study.out_dir, arguments, MAY_GROW), Workers(processes) as workers:
-        keep_beginnings(study)
+        keep_beginnings(study, hashes)
         found, seconds = searched_schemes(study, workers)
         schemes |= found
         keep_schemes(study, schemes)
@@ -237,8 +231,7 @@ def check(study: Study) -> None:
         study.tasks[case.data].trial_settings(way.search_numbers or case.numbers)
         if way.scheme in SEARCHES and case.budget == "none":
             raise UserError(f"way {case.way} searches within a budget: give one with --budgets, such as extra64")
-        is_chosen = study.learning_rate is None and way.learning_rate is None
-        if not samples and (is_chosen or way.scheme in SEARCHES):
+        if not samples and (study.chooses_rate(way) or way.scheme in SEARCHES):
             raise UserError(
                 f"{case.data} has no validation split, by which schemes and learning rates are chosen: leave "
                 "validation_fraction 0 out, or give --learning_rate and no search"
@@ -278,14 +271,12 @@ def searched_schemes(study: Study, workers: Workers) -> tuple[dict[Case, Sequenc
     return schemes, seconds
 
 
-def keep_beginnings(study: Study) -> None:
+def keep_beginnings(study: Study, hashes: dict[str, str]) -> None:
     """Writes what the study began with, or refuses to go on with something else under the same names."""
     keep_definitions(study.out_dir, "ways", {name: asdict(way) for name, way in study.ways.items()})
     tasks = {name: asdict(task) | {"data_dir": None} for name, task in study.tasks.items()}
     keep_definitions(study.out_dir, "data_sets", tasks)
-    networks = {file for task in study.tasks.values() for file in (task.weights, task.int8_network)}
-    files = sorted(networks - {None, "none", "torchvision"})
-    keep_definitions(study.out_dir, "networks", hashes_of(files))
+    keep_definitions(study.out_dir, "networks", hashes)
 
 
 def keep_schemes(study: Study, schemes: dict[Case, Sequence[UpdateScheme]]) -> None:

@@ -42,7 +42,6 @@ from microtune.modules.search.frozen_trunk import cut_network, features_of
 from microtune.modules.sparse_update.channel_importance import ChannelImportance
 from microtune.modules.sparse_update.simple_schemes import classifier_only
 from microtune.modules.user_error import UserError
-from microtune.recipes.studies.study_folder import opened_folder
 from microtune.recipes.studies.pruning_report import (
     UNPRUNED,
     PrunedRow,
@@ -65,6 +64,7 @@ from microtune.recipes.studies.structured_pruning import (
     units_to_remove,
     without_unit,
 )
+from microtune.recipes.studies.study_folder import opened_folder
 from microtune.recipes.training.command_line import check_at_least_one, listed, numbers, run
 from microtune.recipes.training.data_sets import DataName, data_module
 from microtune.recipes.training.networks import DescribedNetwork, describe_network, source_of_weights

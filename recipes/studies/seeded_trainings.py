@@ -14,51 +14,62 @@ import torch
 
 from microtune.datamodules.kept_features import Split
 from microtune.modules.atomic_files import write_json
-from microtune.modules.search.trials import Choice, Int8Update
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.trials import TrialSettings, trials
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.study_folder import watched
+from microtune.recipes.studies.ways import Numbers, Way
 
 MOST_RATES = 8
 MOST_HALVINGS = 4
 # these decide no outcome
 NOT_IN_KEY = {"data_dir", "features", "features_limit_mib", "features_dir"}
 
-Group = tuple[str | None, ...]
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained with every seed.
+
+    Args:
+        data, numbers, budget, way: As in rows of results.
+    """
+
+    data: str
+    numbers: Numbers
+    budget: str
+    way: str
+
+    def __str__(self) -> str:
+        within = "" if self.budget == "none" else f" within {self.budget}"
+        return f"{self.way} in {self.numbers}{within} on {self.data}"
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training.
+    """One training; those that differ in their case alone are done once.
 
     Args:
-        data, numbers, way, budget: What it is called; trainings that differ in nothing else are done once.
+        case: What it is called.
+        way: How it is done.
         seed: Of the fresh classifier and the order of the samples, and of their augmentation too where it is own.
         settings: Of the trial.
         scheme: What is updated, as plain values.
         learning_rate: At its highest.
-        rate_of: Way whose learning rate is chosen for it; None where it is fixed.
-        warmup_fraction: Part of the steps in which the learning rate rises.
-        choice: Of the channels that the scheme does not fix.
-        int8_update: How an int8 network is updated.
+        is_rate_chosen: Whether that is chosen, and not given.
+        warmup_fraction: Part of the steps in which it rises.
         own_augmentation: Whether each seed augments the samples in its own way.
         splits: Where the accuracy is measured.
         facts: What a row of results says of the scheme.
     """
 
-    data: str
-    numbers: str
-    way: str
-    budget: str
+    case: Case
+    way: Way
     seed: int
     settings: TrialSettings
     scheme: dict[str, Any]
     learning_rate: float
-    rate_of: str | None = None
+    is_rate_chosen: bool = False
     warmup_fraction: float = 0.1
-    choice: Choice = Choice()  # noqa: RUF009, it is frozen
-    int8_update: Int8Update = Int8Update()  # noqa: RUF009, likewise
     own_augmentation: bool = False
     splits: tuple[Split, ...] = ("val", "test")
     facts: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +86,7 @@ class Training:
         scheme = {name: value for name, value in self.scheme.items() if name != "provenance"}
         trained = [
             settings, scheme, self.seed, self.augmentation_seed, self.learning_rate, self.warmup_fraction,
-            asdict(self.choice), asdict(self.int8_update), self.splits,
+            asdict(self.way.choice), asdict(self.way.int8_update), self.splits,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -89,8 +100,7 @@ class Training:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def __str__(self) -> str:
-        within = "" if self.budget == "none" else f" within {self.budget}"
-        return f"{self.way} in {self.numbers}{within} on {self.data}, seed {self.seed}"
+        return f"{self.case}, seed {self.seed}"
 
 
 def train_once(training: Training, path: str) -> None:
@@ -102,8 +112,9 @@ def train_once(training: Training, path: str) -> None:
         settings = replace(settings, features_dir=f"{settings.features_dir}-seed{training.augmentation_seed}")
     trial = trials(settings, training.augmentation_seed)
     trained = trial.train(
-        [UpdateScheme.from_dict(training.scheme)], training.seed, training.learning_rate, training.choice,
-        training.int8_update, training.warmup_fraction,
+        [UpdateScheme.from_dict(training.scheme)], training.seed, training.learning_rate,
+        training.way.choice,
+        training.way.int8_update, training.warmup_fraction,
     )  # fmt: skip
     top1 = {split: trial.top1(trained, split)[0] for split in training.splits if trial.features.samples[split]}
     loss = trained[0].loss if math.isfinite(trained[0].loss) else None
@@ -136,8 +147,8 @@ def train_all(
 
 
 def best_rates(
-    tried: dict[Group, Training], rates_of: dict[Group, Sequence[float]], seed: int, workers: Workers, out_dir: Path
-) -> dict[Group, float]:
+    tried: dict[Case, Training], rates_of: dict[Case, Sequence[float]], seed: int, workers: Workers, out_dir: Path
+) -> dict[Case, float]:
     """The learning rate with the best validation accuracy for each group of trainings.
 
     Where the best is the lowest or the highest, one more beyond it is tried, as far from it as the next one is, until
@@ -154,7 +165,7 @@ def best_rates(
         The rate of each group; none of a group whose every training was lost.
     """
     rates_of = {group: sorted(rates_of[group]) for group in tried}
-    chosen: dict[Group, float] = {}
+    chosen: dict[Case, float] = {}
     growing = set(tried)
     while growing:
         of_rate = {
@@ -212,21 +223,17 @@ def train_until_none_diverges(
         if not diverged:
             return trainings
         trainings = [
-            replace(one, learning_rate=one.learning_rate / 2) if _group(one) in diverged else one for one in trainings
+            replace(one, learning_rate=one.learning_rate / 2) if one.case in diverged else one for one in trainings
         ]
     train_all(trainings, workers, out_dir, "trainings", functools.partial(on_change, trainings))
     return trainings
 
 
-def _diverged(trainings: Iterable[Training], out_dir: Path) -> set[Group]:
-    """The ways and budgets with chosen rates of which a training ended with less than half of the best accuracy."""
-    done = [(one, one.result(out_dir)) for one in trainings if one.rate_of is not None]
-    known = [(_group(one), found["top1"]["val"]) for one, found in done if found is not None]
-    best: dict[Group, float] = {}
-    for group, top1 in known:
-        best[group[:2]] = max(best.get(group[:2], 0.0), top1)
-    return {group for group, top1 in known if top1 < best[group[:2]] / 2}
-
-
-def _group(training: Training) -> Group:
-    return training.data, training.numbers, training.way, training.budget
+def _diverged(trainings: Iterable[Training], out_dir: Path) -> set[Case]:
+    """The cases with chosen rates of which a training ended with less than half of the best accuracy."""
+    done = [(one.case, one.result(out_dir)) for one in trainings if one.is_rate_chosen]
+    known = [(case, found["top1"]["val"]) for case, found in done if found is not None]
+    best: dict[tuple[str, str], float] = {}
+    for case, top1 in known:
+        best[case.data, case.numbers] = max(best.get((case.data, case.numbers), 0.0), top1)
+    return {case for case, top1 in known if top1 < best[case.data, case.numbers] / 2}

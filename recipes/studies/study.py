@@ -1,9 +1,10 @@
 """What a study compares: every way on every data set at every budget, as trainings and as rows of results."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.trials import TrialSettings, network_and_data
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.result_rows import Result
-from microtune.recipes.studies.seeded_trainings import Training, best_rates
+from microtune.recipes.studies.seeded_trainings import Case, Training, best_rates
 from microtune.recipes.studies.transfer_tasks import TransferTask
 from microtune.recipes.studies.way_schemes import (
     SEARCH_SEED,
@@ -27,24 +28,6 @@ from microtune.recipes.studies.way_schemes import (
 )
 from microtune.recipes.studies.ways import Numbers, Way, numbers_of
 from microtune.recipes.training.networks import DescribedNetwork
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is trained with every seed.
-
-    Args:
-        data, numbers, budget, way: As in rows of results.
-    """
-
-    data: str
-    numbers: Numbers
-    budget: str
-    way: str
-
-    def __str__(self) -> str:
-        within = "" if self.budget == "none" else f" within {self.budget}"
-        return f"{self.way} in {self.numbers}{within} on {self.data}"
 
 
 @dataclass(frozen=True)
@@ -189,6 +172,10 @@ class Study:
         base = self.tasks[data].middle_rate if self.learning_rate is None else self.learning_rate
         return way.learning_rate or base * self.share_of_batch(way)
 
+    def chooses_rate(self, way: Way) -> bool:
+        """Whether the learning rate of a way is chosen, and not given."""
+        return self.learning_rate is None and way.learning_rate is None
+
     def share_of_batch(self, way: Way) -> float:
         """The batch size of a way as a part of the study's."""
         return (way.batch_size or self.batch_size) / self.batch_size
@@ -206,19 +193,13 @@ def trainings_of(
     """
     trainings = []
     for case in study.cases():
-        way = study.ways[case.way]
+        way, described = study.ways[case.way], study.described(case.data, case.numbers)
         for seed, scheme in enumerate(schemes.get(case, ())):
-            is_chosen = study.learning_rate is None and way.learning_rate is None
-            trainings.append(
-                Training(
-                    case.data, case.numbers, case.way, case.budget, seed,
-                    study.settings(case.data, case.numbers, way, scheme.bias_depth), scheme.to_dict(),
-                    study.rate_of(case.data, way), (way.rate_of or case.way) if is_chosen else None,
-                    study.warmup_fraction, way.choice, way.int8_update, own_augmentation=study.epochs is not None,
-                    facts=facts_of(study.described(case.data, case.numbers), scheme, way)
-                    | {"search_seconds": search_seconds.get(case, 0.0)},
-                )
-            )  # fmt: skip
+            facts = facts_of(described, scheme, way) | {"search_seconds": search_seconds.get(case, 0.0)}
+            settings = study.settings(case.data, case.numbers, way, scheme.bias_depth)
+            of_way = study.rate_of(case.data, way), study.chooses_rate(way), study.warmup_fraction
+            own = study.epochs is not None
+            trainings.append(Training(case, way, seed, settings, scheme.to_dict(), *of_way, own, facts=facts))
     return trainings
 
 
@@ -236,26 +217,27 @@ def facts_of(described: DescribedNetwork, scheme: UpdateScheme, way: Way) -> dic
 def with_chosen_rates(study: Study, trainings: Sequence[Training], workers: Workers) -> list[Training]:
     """The trainings at the learning rates that are chosen for their ways; without those that no rate was found for."""
 
-    def group(training: Training, way: str) -> tuple[str | None, ...]:
-        budget = training.budget if study.ways[way].has_budget else "none"
-        return training.data, training.numbers, way, None if study.rate_budget else budget
+    def group(case: Case, way: str) -> Case:
+        has_budget = study.rate_budget is None and study.ways[way].has_budget
+        return replace(case, way=way, budget=case.budget if has_budget else "any")
 
-    tried: dict[tuple[str | None, ...], Training] = {}
-    for training in sorted(trainings, key=lambda one: one.budget != study.rate_budget):
-        if training.rate_of == training.way:
-            tried.setdefault(group(training, training.way), training)
+    tried: dict[Case, Training] = {}
+    for training in sorted(trainings, key=lambda one: one.case.budget != study.rate_budget):
+        if training.is_rate_chosen and training.way.rate_of is None:
+            tried.setdefault(group(training.case, training.case.way), training)
     rates_of = {
-        key: [rate * study.share_of_batch(study.ways[one.way]) for rate in study.tasks[one.data].learning_rates]
+        key: [rate * study.share_of_batch(one.way) for rate in study.tasks[key.data].learning_rates]
         for key, one in tried.items()
     }
     rates = best_rates(tried, rates_of, SEARCH_SEED, workers, study.out_dir)
     rated = []
     for training in trainings:
-        if training.rate_of is None:
+        other = training.way.rate_of or training.case.way
+        if not training.is_rate_chosen:
             rated.append(training)
-        elif (rate := rates.get(group(training, training.rate_of))) is not None:
-            share, of_other = (study.share_of_batch(study.ways[way]) for way in (training.way, training.rate_of))
-            rated.append(replace(training, learning_rate=rate * share / of_other))
+        elif (rate := rates.get(group(training.case, other))) is not None:
+            share = study.share_of_batch(training.way) / study.share_of_batch(study.ways[other])
+            rated.append(replace(training, learning_rate=rate * share))
     return rated
 
 
@@ -265,12 +247,9 @@ def row_of(training: Training, out_dir: Path) -> Result | None:
     if found is None or found["loss"] is None:
         return None
     return Result(
-        data=training.data,
-        numbers=training.numbers,
-        way=training.way,
-        budget=training.budget,
-        criterion=training.choice.criterion,
-        rechoose_every=training.choice.rechoose_every,
+        **asdict(training.case),
+        criterion=training.way.criterion,
+        rechoose_every=training.way.rechoose_every,
         seed=training.seed,
         top1=found["top1"]["test"],
         val_top1=found["top1"].get("val"),
@@ -296,18 +275,14 @@ def keep_results(study: Study, trainings: Sequence[Training]) -> list[Result]:
 
 def missing_from(study: Study, trainings: Sequence[Training]) -> list[str]:
     """What is not there of what was asked for, in words, with the reason."""
-    planned = {
-        (training.data, training.numbers, training.budget, training.way, training.seed): training
-        for training in trainings
-    }
-    lines = []
-    for case in study.cases():
-        for seed in range(study.seeds):
-            training = planned.get((case.data, case.numbers, case.budget, case.way, seed))
-            if training is None:
-                lines.append(f"{case}, seed {seed}: no scheme or learning rate was found for it")
-            elif (found := training.result(study.out_dir)) is None:
-                lines.append(f"{training}: lost with its worker; the same command tries again")
-            elif found["loss"] is None:
-                lines.append(f"{training}: diverged at learning rate {training.learning_rate:g}; give it a smaller one")
+    lines, planned = [], {(one.case, one.seed): one for one in trainings}
+    for case, seed in itertools.product(study.cases(), range(study.seeds)):
+        training = planned.get((case, seed))
+        found = None if training is None else training.result(study.out_dir)
+        if training is None:
+            lines.append(f"{case}, seed {seed}: no scheme or learning rate was found for it")
+        elif found is None:
+            lines.append(f"{training}: lost with its worker; the same command tries again")
+        elif found["loss"] is None:
+            lines.append(f"{training}: diverged at learning rate {training.learning_rate:g}: give it a smaller one")
     return lines
