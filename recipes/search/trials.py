@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from microtune.datamodules.kept_features import MIB, KeepName, Split, TrunkFeatures
 from microtune.datamodules.reproducible_order import seeded_torch
@@ -101,20 +101,22 @@ def described_by(settings: TrialSettings) -> DescribedNetwork:
 
 
 def network_and_data(
-    settings: TrialSettings, augmentation_seed: int = 0
+    settings: TrialSettings, recipe_seed: int | None = None
 ) -> tuple[DescribedNetwork, LightningDataModule]:
     """The network that the settings train, without its weights, and the data; a process builds them once."""
-    return _network_and_data(_key(settings, OF_THE_DATA), augmentation_seed)
+    return _network_and_data(_key(settings, OF_THE_DATA), recipe_seed or 0)
 
 
-def trials(settings: TrialSettings, augmentation_seed: int = 0) -> TrialTraining:
+def trials(settings: TrialSettings, recipe_seed: int | None = None) -> TrialTraining:
     """The trials of these settings; a process builds them once.
 
     Args:
         settings: What decides their outcome.
-        augmentation_seed: Of the augmentation of the samples, which trainings of all seeds share.
+        recipe_seed: Seed whose training is to be that of a training recipe: the augmentation is this seed's, and the
+            classifier the one that the recipe begins with. By default all trials share the augmentation, and begin
+            with a classifier that has learnt nothing.
     """
-    return _trials(_key(settings, TrialSettings.__dataclass_fields__), augmentation_seed)
+    return _trials(_key(settings, TrialSettings.__dataclass_fields__), recipe_seed)
 
 
 def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, ...], split: Split = "val") -> float:
@@ -165,13 +167,18 @@ def _network_and_data(key: str, augmentation_seed: int) -> tuple[DescribedNetwor
 
 
 @functools.lru_cache(maxsize=2)
-def _trials(key: str, augmentation_seed: int) -> TrialTraining:
+def _trials(key: str, recipe_seed: int | None) -> TrialTraining:
     settings = TrialSettings(**json.loads(key))
-    described, data = network_and_data(settings, augmentation_seed)
-    with seeded_torch(0, 0, 0):  # the same network in every process, even without weights
+    described, data = network_and_data(settings, recipe_seed)
+
+    def pretrained() -> nn.Module:
         module = Classifier(described.arguments, class_names=data.class_names, input_shape=list(described.input_shape))
         load_pretrained(module, settings.source, described.input_shape, whole=False)
-    trunk, rest = cut_network(module.net, described.operations, settings.base_depth)
+        return module.net
+
+    with seeded_torch(0, 0, 0):  # the same network in every process, even without weights
+        network = pretrained()
+    trunk, rest = cut_network(network, described.operations, settings.base_depth)
     features = TrunkFeatures(
         trunk,
         data,
@@ -185,7 +192,8 @@ def _trials(key: str, augmentation_seed: int) -> TrialTraining:
     def fresh_classifier(seed: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # as ``train`` begins
-            return network_of(described.arguments).classifier.state_dict()
+            network = network_of(described.arguments) if recipe_seed is None else pretrained()
+            return network.classifier.state_dict()
 
     rate = settings.learning_rate or 0.1 / 256 * settings.batch_size
     return TrialTraining(rest, features, fresh_classifier, settings.steps, settings.batch_size, rate)

@@ -67,7 +67,7 @@ def main(
     rows = read_rows(results, Result, check_method)
     if not rows:
         raise UserError(f"{results} has no rows: give the results of at least one training")
-    of_selection = [] if selection is None else read_rows(selection, Result, check_equal_steps)
+    of_selection = [] if selection is None else read_rows(selection, Result, check_choice)
     drawn = load_schemes(scheme_files(schemes, out_dir / "schemes"))
     text = None if readme is None else read_marked(readme)
     pictures = draw_all(rows, of_selection, drawn, out_dir)
@@ -94,6 +94,13 @@ def check_method(row: Result, others: Mapping[int, Result]) -> None:
     budgets = ("none",) if row.way == "full" else BUDGETS
     if row.budget not in budgets:
         raise UserError(f"budget is {row.budget!r:.80}: the tables have {', '.join(budgets)} of {row.way}")
+    check_equal_steps(row, others)
+
+
+def check_choice(row: Result, others: Mapping[int, Result]) -> None:
+    """Raises ``UserError`` if a row is of no choice of channels, or others (by line) were trained for other steps."""
+    if row.way in METHODS:
+        raise UserError(f"way is {row.way!r}: that is no choice of channels; give what ways/channel_selection.json has")
     check_equal_steps(row, others)
 
 

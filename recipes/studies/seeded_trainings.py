@@ -51,13 +51,13 @@ class Training:
     Args:
         case: What it is called.
         way: How it is done.
-        seed: Of the fresh classifier and the order of the samples, and of their augmentation too where it is own.
+        seed: Of the classifier and the order of the samples.
         settings: Of the trial.
         scheme: What is updated, as plain values.
         learning_rate: At its highest.
         is_rate_chosen: Whether that is chosen, and not given.
         warmup_fraction: Part of the steps in which it rises.
-        own_augmentation: Whether each seed augments the samples in its own way.
+        as_recipe: Whether it is to be that of a training recipe: the seed is that of the augmentation too.
         splits: Where the accuracy is measured.
         facts: What a row of results says of the scheme.
     """
@@ -70,14 +70,14 @@ class Training:
     learning_rate: float
     is_rate_chosen: bool = False
     warmup_fraction: float = 0.1
-    own_augmentation: bool = False
+    as_recipe: bool = False
     splits: tuple[Split, ...] = ("val", "test")
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def augmentation_seed(self) -> int:
-        """Of the augmentation of the samples."""
-        return self.seed if self.own_augmentation else 0
+    def recipe_seed(self) -> int | None:
+        """As ``trials`` takes it."""
+        return self.seed if self.as_recipe else None
 
     @property
     def key(self) -> str:
@@ -85,7 +85,7 @@ class Training:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in NOT_IN_KEY}
         scheme = {name: value for name, value in self.scheme.items() if name != "provenance"}
         trained = [
-            settings, scheme, self.seed, self.augmentation_seed, self.learning_rate, self.warmup_fraction,
+            settings, scheme, self.seed, self.recipe_seed, self.learning_rate, self.warmup_fraction,
             asdict(self.way.choice), asdict(self.way.int8_update), self.splits,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:20]
@@ -108,9 +108,9 @@ def train_once(training: Training, path: str) -> None:
     # two busy jobs with two threads each slow one another several times (spinning OpenMP threads)
     torch.set_num_threads(1)
     started, settings = time.monotonic(), training.settings
-    if training.augmentation_seed and settings.features_dir is not None:
-        settings = replace(settings, features_dir=f"{settings.features_dir}-seed{training.augmentation_seed}")
-    trial = trials(settings, training.augmentation_seed)
+    if training.as_recipe and settings.features_dir is not None:  # each seed augments in its own way
+        settings = replace(settings, features_dir=f"{settings.features_dir}-seed{training.seed}")
+    trial = trials(settings, training.recipe_seed)
     trained = trial.train(
         [UpdateScheme.from_dict(training.scheme)], training.seed, training.learning_rate,
         training.way.choice,
@@ -140,7 +140,7 @@ def train_all(
     """
     of_key = {training.key: training for training in trainings}
     waiting = [training for training in of_key.values() if not training.file(out_dir).exists()]
-    waiting.sort(key=lambda one: (json.dumps(asdict(one.settings), sort_keys=True), one.augmentation_seed))
+    waiting.sort(key=lambda one: (json.dumps(asdict(one.settings), sort_keys=True), one.recipe_seed or 0))
     (out_dir / "trainings").mkdir(parents=True, exist_ok=True)
     with watched([training.file(out_dir) for training in of_key.values()], what, on_change):
         workers.map(train_once, waiting, [str(training.file(out_dir)) for training in waiting])

@@ -198,8 +198,8 @@ def trainings_of(
             facts = facts_of(described, scheme, way) | {"search_seconds": search_seconds.get(case, 0.0)}
             settings = study.settings(case.data, case.numbers, way, scheme.bias_depth)
             of_way = study.rate_of(case.data, way), study.chooses_rate(way), study.warmup_fraction
-            own = study.epochs is not None
-            trainings.append(Training(case, way, seed, settings, scheme.to_dict(), *of_way, own, facts=facts))
+            as_recipe = study.epochs is not None
+            trainings.append(Training(case, way, seed, settings, scheme.to_dict(), *of_way, as_recipe, facts=facts))
     return trainings
 
 

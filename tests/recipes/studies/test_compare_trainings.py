@@ -22,6 +22,7 @@ from microtune.modules.csv_rows import read_rows
 from microtune.modules.int8.files import write_quantized_network
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
 from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.search.trials import TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes import train_cifar
 from microtune.recipes.studies import compare_trainings, seeded_trainings
@@ -199,17 +200,30 @@ def test_output(finished, command, words, trained):
     assert "missing" not in ended.output
 
 
-@pytest.mark.parametrize(("way", "seed"), [("random", 1), ("evolved", 0)])
-def test_training_is_that_of_the_training_recipe(way, seed, whole, arguments, tmp_path):
-    """With epochs also the augmentation is, of every seed."""
-    name = f"random-seed{seed}" if way == "random" else way
+@pytest.mark.parametrize(
+    ("way", "of_keras"), [("evolved", False), ("biases", False), ("classifier", True), ("expanding", True)]
+)
+def test_training_is_that_of_the_training_recipe(
+    way, of_keras, arguments, evolved_file, shared_data, monkeypatch, tmp_path
+):
+    """With epochs, to the bit: order, augmentation and classifier, also where weights that are folded have none."""
+    original, trained = TrialTraining.train, []
+    monkeypatch.setattr(TrialTraining, "train", lambda *of: trained.extend(original(*of)) or trained[-1:])
+    name = "mobilenet_v2_w035_keras_imagenet_notop.npz"
+    weights = str(shared_data / "weights" / name) if of_keras else arguments["weights"]
+    changes = {"weights": weights, "ways": f"evolved={evolved_file}" if way == "evolved" else way, "batch_size": 30}
+    compare_trainings.main(**arguments | changes, out_dir=tmp_path / "out")
+    scheme = tmp_path / f"out/schemes/cifar10-{'none' if way == 'classifier' else 'extra100'}-{way}.json"
     report = train_cifar.main(
-        data_dir=arguments["data_dir"], weights=arguments["weights"], resolution=32, epochs=2, batch_size=16,
-        seed=seed, scheme=str(whole / f"schemes/cifar10-extra100-{name}.json"), learning_rate=0.1, logger="none",
-        out_dir=tmp_path / "run",
+        data_dir=arguments["data_dir"], weights=weights, resolution=32, epochs=2, batch_size=30, seed=1,
+        scheme=str(scheme), learning_rate=0.1, logger="none", out_dir=tmp_path / "run",
     )  # fmt: skip
-    (row,) = (row for row in rows_of(whole) if (row.way, row.seed) == (way, seed))
+    _, row = rows_of(tmp_path / "out")
     assert (report["top1"], report["val_top1"]) == (pytest.approx(row.top1), pytest.approx(row.val_top1))
+    whole = torch.load(tmp_path / "run/last.ckpt", weights_only=True)["state_dict"]
+    ours = trained[1].network.state_dict()
+    assert all(torch.equal(value, whole[f"net.{name}"]) for name, value in ours.items())
+    assert not torch.equal(ours["classifier.1.weight"], trained[0].network.state_dict()["classifier.1.weight"])
 
 
 # ---- the same, whether stopped or not
@@ -385,7 +399,7 @@ def test_terms_are_equal(tmp_path):
     }  # fmt: skip
     assert of_way["taylor"].way.choice.criterion == "taylor"
     assert {one.warmup_fraction for one in trainings} == {0.2}
-    assert not any(one.own_augmentation or one.is_rate_chosen for one in trainings)
+    assert not any(one.as_recipe or one.is_rate_chosen for one in trainings)
     biases, alone = of_way["biases"].settings, of_way["alone"].settings
     assert of_way["taylor"].settings == of_way["other"].settings == biases
     # as many samples, and what the trunk makes of them where it is the same
@@ -409,8 +423,8 @@ def test_steps_and_augmentations(changes, steps, copies, tmp_path):
 
 def test_with_epochs_each_seed_augments_in_its_own_way(tmp_path):
     trainings = planned(study_of("biases", tmp_path, steps=None, epochs=1))
-    assert [one.augmentation_seed for one in trainings] == [0, 1]
-    assert [one.augmentation_seed for one in planned(study_of("biases", tmp_path))] == [0, 0]
+    assert [one.recipe_seed for one in trainings] == [0, 1]
+    assert [one.recipe_seed for one in planned(study_of("biases", tmp_path))] == [None, None]
 
 
 def test_schemes_deeper_than_the_base_depth_train_the_whole_network(tmp_path):
