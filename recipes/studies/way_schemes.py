@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from microtune.modules.memory.microcontrollers import MICROCONTROLLERS, Fit, microcontroller
+from microtune.modules.memory.microcontrollers import MICROCONTROLLERS, Fit, Microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import extra_memory_bytes, extra_memory_per_layer
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.sparse_update.channel_choice import to_be_chosen
+from microtune.modules.sparse_update.channel_importance import Criterion
 from microtune.modules.sparse_update.simple_schemes import (
     biases_that_fit,
     classifier_only,
@@ -32,7 +33,6 @@ from microtune.recipes.search.genetic_algorithm import POPULATION
 from microtune.recipes.search.setup import (
     GRADIENT,
     Budget,
-    budget_of,
     gradient_search,
     load_table,
     make_problem,
@@ -42,7 +42,7 @@ from microtune.recipes.search.trials import TrialSettings, described_by
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.result_rows import memory_and_kib
 from microtune.recipes.studies.ways import RULES, Way
-from microtune.recipes.training.memory_figures import KIB, fit_of, refuse_oversize, scheme_fits
+from microtune.recipes.training.memory_figures import KIB, fit_of, refuse_oversize
 from microtune.recipes.training.networks import DescribedNetwork
 from microtune.recipes.training.run_folder import plain
 
@@ -66,8 +66,11 @@ def budget_by_name(name: str) -> Budget | None:
     memory, kib = memory_and_kib(name)
     if kib is None:
         return None
-    is_device = name in MICROCONTROLLERS
-    return budget_of(memory, None if is_device else kib, name if is_device else None, None, None, None)
+    size_bytes = round(kib * KIB)
+    if memory == "extra":
+        return Budget(memory, size_bytes)
+    own = Microcontroller(name, size_bytes, flash_bytes=None, reserve_bytes=0, source="the command line")
+    return Budget(memory, size_bytes, MICROCONTROLLERS.get(name, own))
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class WaysOfOneScheme:
     Args:
         described: The network.
         budget: What a training step may take; None for anything.
-        ways: By name; the first one's name stands for all in errors.
+        ways: By name.
     """
 
     described: DescribedNetwork
@@ -95,60 +98,42 @@ class WaysOfOneScheme:
             return True
         if self.budget.memory == "extra":
             return extra_bytes(self.described, scheme) <= self.budget.size_bytes
-        for way in self.ways.values():
-            if self.budget.microcontroller is None:
-                fits = step_fit(self.described, scheme, way).peak_bytes <= self.budget.size_bytes
-            else:
-                peak_memory = peak_memory_of(self.described, way)
-                fits = scheme_fits(peak_memory, scheme, self.budget.microcontroller, rechosen_by(way))
-            if not fits:
-                return False
-        return True
+        return all(
+            step_fit(self.described, scheme, way, self.budget.microcontroller).fits for way in self.ways.values()
+        )
 
     def checked(self, scheme: UpdateScheme) -> UpdateScheme:
         """The scheme; raises ``UserError`` if it does not fit, or leaves nothing to choose to a way that chooses."""
-        convolutions = self.described.operations.convolutions
+        described, budget = self.described, self.budget
         for name, way in self.ways.items():
-            if way.rechoose_every and not to_be_chosen(scheme, convolutions):
+            if way.rechoose_every and not to_be_chosen(scheme, described.operations.convolutions):
                 raise UserError(
                     f"way {name} chooses channels every {way.rechoose_every} steps, but its scheme leaves none to "
-                    f"choose{self._within}: {REMEDY}"
+                    f"choose: {REMEDY}"
                 )
-            self._refuse_oversize(name, way, scheme)
+            if budget is not None and budget.memory == "extra" and not self.fits(scheme):
+                raise UserError(self._oversize(name, scheme))
+            if budget is not None and budget.memory == "peak":
+                peak_memory, device = peak_memory_of(described, way), budget.microcontroller
+                try:
+                    refuse_oversize(peak_memory, scheme, device, described.network, REMEDY, rechosen_by(way))
+                except UserError as error:
+                    raise UserError(f"scheme {name}: {error}") from error
         return scheme
 
-    @property
-    def _within(self) -> str:
-        return "" if self.budget is None else f" within {self.budget}"
-
-    def _refuse_oversize(self, name: str, way: Way, scheme: UpdateScheme) -> None:
-        described, budget = self.described, self.budget
-        if budget is None or replace(self, ways={name: way}).fits(scheme):
-            return
-        if budget.microcontroller is not None:
-            peak_memory = peak_memory_of(described, way)
-            try:
-                refuse_oversize(
-                    peak_memory, scheme, budget.microcontroller, described.network, REMEDY, rechosen_by(way)
-                )
-            except UserError as error:
-                raise UserError(f"scheme {name}: {error}") from error
-
-        def needed(one: UpdateScheme) -> float:
-            return extra_bytes(described, one) if budget.memory == "extra" else step_fit(described, one, way).peak_bytes
-
-        layers = extra_memory_per_layer(described.operations.convolutions, scheme)
+    def _oversize(self, name: str, scheme: UpdateScheme) -> str:
+        layers = extra_memory_per_layer(self.described.operations.convolutions, scheme)
         layers = [layer for layer in sorted(layers, key=lambda layer: -layer.total_bytes)[:3] if layer.total_bytes]
         costly = ", ".join(f"{layer.name} ({layer.total_bytes / KIB:.1f} KiB)" for layer in layers)
-        most = f"; most of the extra memory goes to {costly}" if costly else ""
-        raise UserError(
-            f"scheme {name} needs {needed(scheme) / KIB:.1f} KiB of {budget.memory} memory, but the budget is "
-            f"{budget.size_bytes / KIB:.1f} KiB; the smallest scheme, the classifier only, needs "
-            f"{needed(classifier_only(described.name)) / KIB:.1f} KiB{most}: {REMEDY}"
+        least_bytes = extra_bytes(self.described, classifier_only(self.described.name))
+        return (
+            f"scheme {name} needs {extra_bytes(self.described, scheme) / KIB:.1f} KiB of extra memory, but the budget "
+            f"is {self.budget.size_bytes / KIB:.1f} KiB; the smallest scheme, the classifier only, needs "
+            f"{least_bytes / KIB:.1f} KiB{f'; most of it goes to {costly}' if costly else ''}: {REMEDY}"
         )
 
 
-def rechosen_by(way: Way) -> Any:
+def rechosen_by(way: Way) -> Criterion | None:
     """The score by which a device chooses channels anew in training, if it does."""
     return way.criterion if way.rechoose_every else None
 
@@ -159,9 +144,11 @@ def peak_memory_of(described: DescribedNetwork, way: Way) -> PeakMemory:
     return PeakMemory(described.operations, latent_weights=is_latent)
 
 
-def step_fit(described: DescribedNetwork, scheme: UpdateScheme, way: Way) -> Fit:
-    """What a training step takes, with what choosing channels anew needs; beside any microcontroller."""
-    return fit_of(peak_memory_of(described, way), scheme, microcontroller("stm32f746"), rechosen_by(way))
+def step_fit(
+    described: DescribedNetwork, scheme: UpdateScheme, way: Way, device: Microcontroller = MICROCONTROLLERS["stm32f746"]
+) -> Fit:
+    """What a training step takes, with what choosing channels anew needs, beside what the microcontroller has."""
+    return fit_of(peak_memory_of(described, way), scheme, device, rechosen_by(way))
 
 
 def extra_bytes(described: DescribedNetwork, scheme: UpdateScheme) -> float:
