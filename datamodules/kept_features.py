@@ -80,7 +80,8 @@ class TrunkFeatures:
         if keep == "disk" and folder is None:
             raise UserError("features are to be kept on disk, but no folder is given")
         for split in ("train", "val"):
-            self._kept[split] = self._on_disk(split, folder) if keep == "disk" else self._in_memory(split)
+            if self.samples[split]:
+                self._kept[split] = self._on_disk(split, folder) if keep == "disk" else self._in_memory(split)
 
     @property
     def size_bytes(self) -> int:

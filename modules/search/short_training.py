@@ -21,7 +21,13 @@ from microtune.modules.sparse_update.channel_importance import (
     measure_importance,
 )
 from microtune.modules.sparse_update.fitted_classifier import measure_with_fitted_classifier
-from microtune.modules.sparse_update.int8_update import quantized_parameters, round_in_place, scale_gradients
+from microtune.modules.sparse_update.int8_update import (
+    WeightStorage,
+    keep_in_range,
+    quantized_parameters,
+    round_in_place,
+    scale_gradients,
+)
 from microtune.modules.sparse_update.scheme_application import AppliedScheme
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
@@ -69,6 +75,19 @@ class Choice:
     samples: int = 256
 
 
+@dataclass(frozen=True)
+class Int8Update:
+    """How a trial updates an int8 network, as the callbacks ``QuantizationAwareScaling`` and ``Int8Weights`` do.
+
+    Args:
+        weight_storage: As in ``Int8Weights``.
+        gradient_scaling: Whether gradients are scaled.
+    """
+
+    weight_storage: WeightStorage = "in_place"
+    gradient_scaling: bool = True
+
+
 class TrialTraining:
     """Trains candidate schemes for a number of steps and tells their accuracy on the validation split.
 
@@ -110,7 +129,7 @@ class TrialTraining:
         self.steps = steps
         self.batch_size = batch_size
         self.learning_rate = learning_rate
-        self.warmup_steps = round(warmup_fraction * steps)
+        self.warmup_fraction = warmup_fraction
 
     def accuracies(self, schemes: Sequence[UpdateScheme], seed: int, split: Split = "val") -> list[float]:
         """Top-1 after training each of the schemes, with the same classifier and batches.
@@ -145,9 +164,38 @@ class TrialTraining:
         Raises:
             UserError: A scheme reaches into the trunk.
         """
+        candidates = self.train(schemes, seed, learning_rate, choice)
+        return {split: self.top1(candidates, split) for split in splits}
+
+    def train(
+        self,
+        schemes: Sequence[UpdateScheme],
+        seed: int,
+        learning_rate: float | None = None,
+        choice: Choice | None = None,
+        int8_update: Int8Update | None = None,
+        warmup_fraction: float | None = None,
+    ) -> list["Candidate"]:
+        """Trains a network under each of the schemes.
+
+        Args:
+            schemes: As in ``accuracies``.
+            seed: As in ``accuracies_on``.
+            learning_rate: As in ``accuracies_on``.
+            choice: As in ``accuracies_on``.
+            int8_update: Of an int8 network; by default with scaled gradients, and in place.
+            warmup_fraction: In place of that of the trials.
+
+        Returns:
+            What was trained; a loss that is no number says that it diverged.
+
+        Raises:
+            UserError: A scheme reaches into the trunk.
+        """
         choice = choice or Choice()
         peak = self.learning_rate if learning_rate is None else learning_rate
-        candidates = [self._candidate(scheme, seed) for scheme in schemes]
+        warmup_steps = round((self.warmup_fraction if warmup_fraction is None else warmup_fraction) * self.steps)
+        candidates = [self._candidate(scheme, seed, int8_update or Int8Update()) for scheme in schemes]
         chosen_at_step = 0 if choice.criterion == "weight_norm" else None  # candidates begin with the largest weights
         for step, (features, labels) in enumerate(self.features.training_batches(self.batch_size, seed, self.steps)):
             if is_due(step, chosen_at_step, choice.rechoose_every):
@@ -155,7 +203,7 @@ class TrialTraining:
                 samples = self._choosing_batches(choice, seed, step)
                 for candidate in candidates:
                     candidate.choose(choice.criterion, seed, step, samples)
-            factor = learning_rate_factor(step, self.warmup_steps, self.steps)
+            factor = learning_rate_factor(step, warmup_steps, self.steps)
             for candidate in candidates:
                 candidate.step(features, labels, peak * factor)
         for scheme, candidate in zip(schemes, candidates, strict=True):
@@ -167,7 +215,15 @@ class TrialTraining:
                     len(scheme.weights),
                     peak,
                 )
-        return {split: self._top1(candidates, split) for split in splits}
+        return candidates
+
+    def top1(self, candidates: Sequence["Candidate"], split: Split) -> list[float]:
+        """Top-1 of each of the trained networks; nothing may be chosen by that on ``"test"``."""
+        correct = [0] * len(candidates)
+        for features, labels in self.features.evaluation_batches(split):
+            for index, candidate in enumerate(candidates):
+                correct[index] += candidate.correct(features, labels)
+        return [count / self.features.samples[split] for count in correct]
 
     def _choosing_batches(self, choice: Choice, seed: int, step: int) -> list[Batch]:
         """The first batches of the epoch that the step is in."""
@@ -176,14 +232,7 @@ class TrialTraining:
         count = math.ceil(choice.samples / self.batch_size)
         return list(self.features.first_batches(self.batch_size, seed, step, count))
 
-    def _top1(self, candidates: Sequence["_Candidate"], split: Split) -> list[float]:
-        correct = [0] * len(candidates)
-        for features, labels in self.features.evaluation_batches(split):
-            for index, candidate in enumerate(candidates):
-                correct[index] += candidate.correct(features, labels)
-        return [count / self.features.samples[split] for count in correct]
-
-    def _candidate(self, scheme: UpdateScheme, seed: int) -> "_Candidate":
+    def _candidate(self, scheme: UpdateScheme, seed: int, int8_update: Int8Update) -> "Candidate":
         if scheme.bias_depth > len(self.operations.convolutions):
             raise UserError(
                 f"bias depth {scheme.bias_depth} reaches into the frozen trunk: give at most "
@@ -191,20 +240,32 @@ class TrialTraining:
             )
         network = copy.deepcopy(self.rest)
         network.classifier.load_state_dict(self.fresh_classifier(seed))
-        return _Candidate(network, scheme, self.operations, seed)
+        return Candidate(network, scheme, self.operations, seed, int8_update)
 
 
-class _Candidate:
-    """One network in training."""
+class Candidate:
+    """One network in training.
 
-    def __init__(self, network: nn.Module, scheme: UpdateScheme, operations: NetworkOperations, seed: int):
+    Attributes:
+        network: What is trained, behind the trunk.
+        loss: Of its last step.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheme: UpdateScheme,
+        operations: NetworkOperations,
+        seed: int,
+        int8_update: Int8Update,
+    ):
         self.network, self.scheme, self.operations = network.train(), scheme, operations
         channels = choose_channels(network, scheme, operations.convolutions)
         self.applied = AppliedScheme(network, scheme, operations, channels)
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trainable, lr=math.nan)
         self.quantized = quantized_parameters(network)  # none in floating point
-        self.generator = IntegerGenerator(seed)
+        self.int8_update, self.generator = int8_update, IntegerGenerator(seed)
         self.loss = math.nan
 
     def choose(self, criterion: Criterion, seed: int, step: int, batches: Sequence[Batch]) -> None:
@@ -226,15 +287,21 @@ class _Candidate:
         self.quantized = quantized_parameters(self.network)
 
     def step(self, features: Tensor, labels: Tensor, learning_rate: float) -> None:
+        """Updates the network by the gradient of one batch."""
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.network(features), labels)
         loss.backward()
-        scale_gradients(self.quantized)
+        if self.int8_update.gradient_scaling:
+            scale_gradients(self.quantized)
         self.optimizer.step()
-        round_in_place(self.quantized, self.generator)
+        if self.int8_update.weight_storage == "in_place":
+            round_in_place(self.quantized, self.generator)
+        else:
+            keep_in_range(self.quantized)
         self.loss = float(loss.detach())
 
     @torch.no_grad()
     def correct(self, features: Tensor, labels: Tensor) -> int:
+        """How many of a batch the network gets right."""
         return int((self.network.eval()(features).argmax(dim=1) == labels).sum())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from microtune.datamodules.contract import ClassificationData, Split
 from microtune.datamodules.kept_features import MIB, TrunkFeatures
@@ -26,13 +26,30 @@ from microtune.recipes.training.networks import DescribedNetwork, describe_netwo
 
 
 def described_by(settings: TrialSettings) -> DescribedNetwork:
-    """The network that the settings train, without its weights."""
-    return _network_and_data(_key(settings, OF_THE_DATA))[0]
+    """The network that the settings train, without its weights; raises ``UserError`` without a validation split."""
+    described, data = network_and_data(settings)
+    if not data.val_samples:
+        raise UserError("trials are judged on the validation split: leave validation_fraction 0 out")
+    return described
 
 
-def trials(settings: TrialSettings) -> TrialTraining:
-    """The trials of these settings; a process builds them once."""
-    return _trials(_key(settings, TrialSettings.__dataclass_fields__))
+def network_and_data(
+    settings: TrialSettings, recipe_seed: int | None = None
+) -> tuple[DescribedNetwork, ClassificationData]:
+    """The network that the settings train, without its weights, and the data; a process builds them once."""
+    return _network_and_data(_key(settings, OF_THE_DATA), recipe_seed or 0)
+
+
+def trials(settings: TrialSettings, recipe_seed: int | None = None) -> TrialTraining:
+    """The trials of these settings; a process builds them once.
+
+    Args:
+        settings: What decides their outcome.
+        recipe_seed: Seed whose training is to be that of a training recipe: the augmentation is this seed's, and the
+            classifier the one that the recipe begins with. By default all trials share the augmentation, and begin
+            with a classifier that has learnt nothing.
+    """
+    return _trials(_key(settings, TrialSettings.__dataclass_fields__), recipe_seed)
 
 
 def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, ...], split: Split = "val") -> float:
@@ -67,15 +84,13 @@ def _key(settings: TrialSettings, names: Iterable[str]) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _network_and_data(key: str) -> tuple[DescribedNetwork, ClassificationData]:
+def _network_and_data(key: str, augmentation_seed: int) -> tuple[DescribedNetwork, ClassificationData]:
     settings = TrialSettings(**json.loads(key))
     check_data_is_named(settings)
     data = data_module(
-        settings.data, settings.data_dir, settings.source, settings.resolution, settings.batch_size, 0,
-        settings.data_options,
+        settings.data, settings.data_dir, settings.source, settings.resolution, settings.batch_size,
+        augmentation_seed, settings.data_options,
     )  # fmt: skip
-    if not data.val_samples:
-        raise UserError("trials are judged on the validation split: leave validation_fraction 0 out")
     with seeded_torch(0, 0, 0):
         described = describe_network(
             settings.source, data.input_shape, data.num_classes, settings.width, settings.head_convolution
@@ -84,17 +99,22 @@ def _network_and_data(key: str) -> tuple[DescribedNetwork, ClassificationData]:
 
 
 @functools.lru_cache(maxsize=2)
-def _trials(key: str) -> TrialTraining:
+def _trials(key: str, recipe_seed: int | None) -> TrialTraining:
     # Lightning takes seconds to import, which a command line need not wait for
     from microtune.modules.classifier import Classifier, network_of
     from microtune.recipes.training.pretrained import load_pretrained
 
     settings = TrialSettings(**json.loads(key))
-    described, data = _network_and_data(_key(settings, OF_THE_DATA))
-    with seeded_torch(0, 0, 0):  # the same network in every process, even without weights
+    described, data = network_and_data(settings, recipe_seed)
+
+    def pretrained() -> nn.Module:
         module = Classifier(described.arguments, class_names=data.class_names, input_shape=list(described.input_shape))
         load_pretrained(module, settings.source, described.input_shape, whole=False)
-    trunk, rest = cut_network(module.net, described.operations, settings.base_depth)
+        return module.net
+
+    with seeded_torch(0, 0, 0):  # the same network in every process, even without weights
+        network = pretrained()
+    trunk, rest = cut_network(network, described.operations, settings.base_depth)
     features = TrunkFeatures(
         trunk,
         data,
@@ -108,7 +128,8 @@ def _trials(key: str) -> TrialTraining:
     def fresh_classifier(seed: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # as ``train`` begins
-            return network_of(described.arguments).classifier.state_dict()
+            network = network_of(described.arguments) if recipe_seed is None else pretrained()
+            return network.classifier.state_dict()
 
     rate = settings.learning_rate or 0.1 / 256 * settings.batch_size
     return TrialTraining(rest, features, fresh_classifier, settings.steps, settings.batch_size, rate)

@@ -179,8 +179,6 @@ def main(
     names, parts = criteria_of(criteria), sparsities_of(sparsities)
     source = floating_point_source(network, weights)
 
-    from microtune.recipes.studies.paired_trainings import opened_folder  # by need, as its imports take seconds
-
     of_data = data_module(data, data_dir, source, resolution, batch_size, 0, data_options)
     if not of_data.val_samples:
         raise UserError("single units are judged on the validation split: leave validation_fraction 0 out")

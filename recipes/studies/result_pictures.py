@@ -24,7 +24,6 @@ from microtune.recipes.studies.result_rows import (
     METHODS,
     NUMBERS,
     Result,
-    SelectionResult,
     budget_name,
     sorted_budgets,
     title_of,
@@ -81,11 +80,11 @@ def draw_accuracy_over_memory(rows: Sequence[Result], path: Path | str) -> None:
     for axes, numbers in zip(panels[0], present, strict=True):
         of_numbers = [row for row in rows if row.numbers == numbers]
         _draw_numbers(axes, of_numbers)
-        full_bytes = [row.extra_memory_bytes for row in of_numbers if row.method == "full"]
+        full_bytes = [row.extra_memory_bytes for row in of_numbers if row.way == "full"]
         needs = f"; full update needs {statistics.mean(full_bytes) / KIB:,.0f} KiB" if full_bytes else ""
         axes.set_title(f"{numbers}{needs}", fontsize=10)
     panels[0, 0].set_ylabel("top-1 on the test split, %")
-    found = {row.method for row in rows}
+    found = {row.way for row in rows}
     handles = [
         Line2D([], [], color=COLORS[method], marker=MARKERS[method], label=METHODS[method])
         for method in WITH_BUDGET
@@ -106,7 +105,7 @@ def _draw_numbers(axes: Axes, rows: Sequence[Result]) -> None:
     for method in WITH_BUDGET:
         line, apart = [], []
         for budget in BUDGETS:
-            cell = [row for row in rows if (row.method, row.budget) == (method, budget)]
+            cell = [row for row in rows if (row.way, row.budget) == (method, budget)]
             if cell:
                 point = (statistics.mean(row.extra_memory_bytes for row in cell) / KIB, *_mean_and_range(cell))
                 (apart if budget == "stm32f746" else line).append(point)
@@ -115,7 +114,7 @@ def _draw_numbers(axes: Axes, rows: Sequence[Result]) -> None:
             if points:
                 memory_kib, mean, below, above = zip(*points, strict=True)
                 axes.errorbar(memory_kib, mean, (below, above), elinewidth=0.8, **look | further)
-    full = [row for row in rows if row.method == "full"]
+    full = [row for row in rows if row.way == "full"]
     if full:
         mean, below, above = _mean_and_range(full)
         axes.axhspan(mean - below, mean + above, color="black", alpha=0.08, linewidth=0)
@@ -129,14 +128,14 @@ def _draw_numbers(axes: Axes, rows: Sequence[Result]) -> None:
     axes.grid(linewidth=0.4)
 
 
-def _mean_and_range(rows: Sequence[Result | SelectionResult]) -> tuple[float, float, float]:
+def _mean_and_range(rows: Sequence[Result]) -> tuple[float, float, float]:
     """In per cent: the mean, and how far the lowest and the highest lie from it."""
     top1 = [row.top1 * 100 for row in rows]
     mean = statistics.mean(top1)
     return mean, max(0.0, mean - min(top1)), max(0.0, max(top1) - mean)
 
 
-def draw_selection(rows: Sequence[SelectionResult], path: Path | str) -> None:
+def draw_selection(rows: Sequence[Result], path: Path | str) -> None:
     """Draws the accuracy by every way to choose channels as a PNG, a panel for each budget.
 
     Args:

@@ -1,14 +1,13 @@
-"""Measured accuracies as rows of CSV, one training each: what tables and pictures of results are made from."""
+"""Measured accuracies as rows of CSV, one training each: what studies write, and tables and pictures are made from."""
 
-import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
 
 from microtune.datamodules.data_sets import DATA_SETS
-from microtune.modules.csv_rows import read_rows
 from microtune.modules.memory.microcontrollers import KIB, MICROCONTROLLERS
 from microtune.modules.user_error import UserError
 
@@ -21,6 +20,7 @@ DATA = {
     "cifar100": DATA_SETS["cifar100"].title,
 }
 NUMBERS = ("fp32", "int8")
+# the ways of ways/methods.json, as tables name them
 METHODS = {
     "full": "full update",
     "last_layers": "last layers",
@@ -34,25 +34,32 @@ METHODS = {
 BUDGETS = ("extra64", "extra100", "extra256", "stm32f746")
 SEEDS = (0, 1, 2)
 # as modules/sparse_update/channel_importance.py has them, which imports PyTorch
-CRITERIA = ("weight_norm", "gradient_norm", "fisher", "taylor", "loss_decrease", "activation_norm", "random")
-LOWEST = {"bias_depth": 0, "updated_layers": 0, "updated_channels": 0, "seed": 0, "rechoose_every": 0} | {
-    "steps": 1, "batch_size": 1, "extra_memory_bytes": 0, "peak_memory_bytes": 0
-} | {"search_seconds": 0, "train_seconds": 0, "seconds": 0}  # fmt: skip
+Criterion = Literal["weight_norm", "gradient_norm", "fisher", "taylor", "loss_decrease", "activation_norm", "random"]
+CRITERIA = get_args(Criterion)
+
+Name = Annotated[str, Field(pattern=r"^\w+$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One training under a method's scheme: a row of ``results.csv``, whose columns are these, in this order.
+    """One training: a row of ``results.csv``, whose columns are these, in this order.
 
     Args:
-        data: One of ``DATA``, or another of your own: letters, digits and underscores.
+        data: Name of the data set.
         numbers: What the network computes in: ``"fp32"`` or ``"int8"``.
-        method: One of ``METHODS``: where its scheme comes from.
-        budget: One of ``BUDGETS``: KiB of extra memory, or a microcontroller; of ``"full"`` it is ``"none"``.
-        seed: Of the fresh classifier, the order of the samples and their augmentation.
+        way: Name of the way to train.
+        budget: ``"extra64"`` for 64 KiB of extra memory, ``"peak200"`` for a peak of 200 KiB, the name of a
+            microcontroller, or ``"none"``.
+        criterion: By which score the channels are chosen that the scheme leaves open.
+        rechoose_every: Steps after which they are chosen anew; 0 for once.
+        seed: Of the fresh classifier and the order of the samples.
         top1: Accuracy on the test split, a fraction.
-        val_top1: On the validation split; None where it is not known.
-        extra_memory_bytes, peak_memory_bytes: Of one training step.
+        val_top1: On the validation split; None where there is none.
+        extra_memory_bytes, peak_memory_bytes: Of one training step, the peak with what choosing channels anew needs.
         bias_depth: The biases of this many last convolutions are updated.
         updated_layers, updated_channels: Of how many layers the weights are, and how many of their input channels.
         learning_rate: At its highest.
@@ -62,97 +69,71 @@ class Result:
         train_seconds: Time to train.
 
     Raises:
-        UserError: A value is out of its range, or the memory beyond the budget.
+        UserError: There is no such budget, or the memory is beyond it.
 
     Example::
 
-        Result("cifar10", "fp32", "biases", "extra64", 0, 0.798, None, 61747, 171930, 47, 0, 0, 0.05, 1830, 32, 0, 71.0)
+        read_rows("recipes/results/results.csv", Result)[0].top1
     """
 
-    data: str
-    numbers: str
-    method: str
+    data: Name
+    numbers: Literal["fp32", "int8"]
+    way: Name
     budget: str
-    seed: int
-    top1: float
-    val_top1: float | None
-    extra_memory_bytes: float
-    peak_memory_bytes: float
-    bias_depth: int
-    updated_layers: int
-    updated_channels: int
-    learning_rate: float
-    steps: int
-    batch_size: int
-    search_seconds: float
-    train_seconds: float
+    criterion: Criterion
+    rechoose_every: Count
+    seed: Count
+    top1: Fraction
+    val_top1: Fraction | None
+    extra_memory_bytes: Amount
+    peak_memory_bytes: Amount
+    bias_depth: Count
+    updated_layers: Count
+    updated_channels: Count
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    steps: AtLeastOne
+    batch_size: AtLeastOne
+    search_seconds: Amount
+    train_seconds: Amount
 
     def __post_init__(self):
-        _check_name(self.data)
-        _check_choices(numbers=(self.numbers, NUMBERS), method=(self.method, METHODS))
-        _check_choices(budget=(self.budget, ("none",) if self.method == "full" else BUDGETS))
-        _check_ranges(self)
-        _check_memory(self.budget, self.extra_memory_bytes, self.peak_memory_bytes)
+        # a table must not have a training under a budget that it exceeds
+        memory, kib = memory_and_kib(self.budget)
+        size_bytes = getattr(self, f"{memory}_memory_bytes")
+        if kib is not None and size_bytes > kib * KIB:
+            raise UserError(
+                f"{memory}_memory_bytes is {size_bytes:g}, but the budget {self.budget} is {kib * KIB:g}: give a row "
+                "that is within it"
+            )
 
     @property
     def key(self) -> tuple[str | int, ...]:
         """What no other row has."""
-        return self.data, self.numbers, self.method, self.budget, self.seed
+        return self.data, self.numbers, self.way, self.budget, self.seed
 
 
-@dataclass(frozen=True)
-class SelectionResult:
-    """One training with channels chosen by a criterion: a row of ``channel_selection.csv``, with these columns.
-
-    Args:
-        data: One of ``DATA``, or another of your own: letters, digits and underscores.
-        criterion: One of ``CRITERIA``: by which score the channels are chosen.
-        rechoose_every: Steps after which they are chosen anew; 0 for once (static).
-        budget: ``"extra64"`` for 64 KiB of extra memory, and likewise, or the name of a microcontroller.
-        seed: Of the training, and of ``"random"``.
-        top1, val_top1: As in ``Result``.
-        extra_memory_bytes: Of one training step.
-        steps, batch_size, learning_rate: As in ``Result``.
-        seconds: Time to train, with the choice.
+def memory_and_kib(budget: str) -> tuple[Literal["extra", "peak"], float | None]:
+    """Which memory a budget is of, and how much; None of ``"none"``.
 
     Raises:
-        UserError: A value is out of its range, or the memory beyond the budget.
+        UserError: There is no such budget.
 
     Example::
 
-        SelectionResult("cifar10", "fisher", 50, "extra64", 0, 0.81, None, 61747, 366, 32, 0.006, 71.0)
+        memory_and_kib("extra64")  # ("extra", 64.0)
+        memory_and_kib("stm32f746")  # ("peak", 288.0)
     """
-
-    data: str
-    criterion: str
-    rechoose_every: int
-    budget: str
-    seed: int
-    top1: float
-    val_top1: float | None
-    extra_memory_bytes: float
-    steps: int
-    batch_size: int
-    learning_rate: float
-    seconds: float
-
-    def __post_init__(self):
-        _check_name(self.data)
-        _check_choices(criterion=(self.criterion, CRITERIA))
-        if not re.fullmatch(r"extra[1-9]\d{0,8}", self.budget) and self.budget not in MICROCONTROLLERS:
-            raise UserError(
-                f"budget is {self.budget!r:.80}: give one such as extra64, or one of {', '.join(MICROCONTROLLERS)}"
-            )
-        _check_ranges(self)
-        _check_memory(self.budget, self.extra_memory_bytes, None)
-
-    @property
-    def key(self) -> tuple[str | int, ...]:
-        """What no other row has."""
-        return self.data, self.criterion, self.rechoose_every, self.budget, self.seed
-
-
-Row = TypeVar("Row", Result, SelectionResult)
+    if budget == "none":
+        return "peak", None
+    if budget in MICROCONTROLLERS:
+        return "peak", MICROCONTROLLERS[budget].budget_bytes / KIB
+    found = re.fullmatch(r"(extra|peak)(\d{1,9}(?:\.\d{1,9})?)", budget)
+    if not found or float(found[2]) == 0:
+        raise UserError(
+            f"budget is {budget!r:.80}: give KiB of extra memory such as extra64 or of peak memory such as peak200, "
+            f"none, or one of {', '.join(MICROCONTROLLERS)}"
+        )
+    return found[1], float(found[2])
 
 
 def title_of(data: str) -> str:
@@ -179,80 +160,19 @@ def budget_name(budget: str) -> str:
     Example::
 
         budget_name("extra64")  # "64 KiB"
+        budget_name("peak200")  # "200 KiB at the peak"
         budget_name("stm32f746")  # "STM32F746"
     """
+    if budget.startswith("peak"):
+        return f"{budget.removeprefix('peak')} KiB at the peak"
     return f"{budget.removeprefix('extra')} KiB" if budget.startswith("extra") else budget.upper()
 
 
 def sorted_budgets(budgets: Iterable[str]) -> list[str]:
-    """Each budget once: those of extra memory from the smallest on, then the microcontrollers."""
+    """Each budget once: those of extra memory from the smallest on, then those of the peak by their names."""
 
-    def place(budget: str) -> tuple[bool, int, str]:
-        of_extra = budget.startswith("extra")
-        return not of_extra, int(budget.removeprefix("extra")) if of_extra else 0, budget
+    def place(budget: str) -> tuple[bool, float, str]:
+        memory, kib = memory_and_kib(budget)
+        return memory == "peak", kib if memory == "extra" else 0, budget
 
     return sorted(set(budgets), key=place)
-
-
-def load_rows(path: Path | str, row_type: type[Row]) -> list[Row]:
-    """Reads the rows of a CSV file that ``write_rows`` wrote, or one by hand.
-
-    Args:
-        path: The file.
-        row_type: ``Result`` or ``SelectionResult``: which columns it has.
-
-    Raises:
-        UserError: The file is missing or no such CSV, a row stands there twice, or two rows of one data set differ in
-            steps or batch size; the message begins with its path, and says the line where one line is wrong.
-
-    Example::
-
-        load_rows("recipes/results/results.csv", Result)
-    """
-    return read_rows(path, row_type, _check_equal_steps)
-
-
-def _check_name(data: str) -> None:
-    if not re.fullmatch(r"\w+", data):
-        raise UserError(f"data is {data!r:.80}: give a name of letters, digits and underscores")
-
-
-def _check_choices(**choices: tuple[str, Iterable[str]]) -> None:
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise UserError(f"{name} is {value!r:.80}: give {' or '.join(known)}")
-
-
-def _check_ranges(row: Result | SelectionResult) -> None:
-    for field in fields(row):
-        name, value = field.name, getattr(row, field.name)
-        if name in ("top1", "val_top1") and value is not None and not 0 <= value <= 1:
-            raise UserError(f"{name} is {value!r}: give a fraction from 0 to 1")
-        if name in LOWEST and not (math.isfinite(value) and value >= LOWEST[name]):
-            raise UserError(f"{name} is {value!r}: give {LOWEST[name]} or more")
-    if not (math.isfinite(row.learning_rate) and row.learning_rate > 0):
-        raise UserError(f"learning_rate is {row.learning_rate!r}: give a positive number")
-
-
-def _check_memory(budget: str, extra_memory_bytes: float, peak_memory_bytes: float | None) -> None:
-    """A table must not have a training under a budget that it exceeds."""
-    if budget.startswith("extra"):
-        name, size_bytes, limit_bytes = "extra", extra_memory_bytes, int(budget.removeprefix("extra")) * KIB
-    elif budget in MICROCONTROLLERS and peak_memory_bytes is not None:
-        name, size_bytes, limit_bytes = "peak", peak_memory_bytes, MICROCONTROLLERS[budget].budget_bytes
-    else:
-        return
-    if size_bytes > limit_bytes:
-        raise UserError(
-            f"{name}_memory_bytes is {size_bytes:g}, but the budget {budget} is {limit_bytes}: give a row that is "
-            "within it"
-        )
-
-
-def _check_equal_steps(row: Any, others: Mapping[int, Any]) -> None:
-    for line, other in others.items():
-        if row.data == other.data and (row.steps, row.batch_size) != (other.steps, other.batch_size):
-            raise UserError(
-                f"{row.data} was trained for {row.steps} steps of {row.batch_size} samples, in line {line} for "
-                f"{other.steps} of {other.batch_size}: give every method the same budget of steps"
-            )

@@ -15,8 +15,6 @@ from microtune.recipes.studies.result_rows import (
     NUMBERS,
     SEEDS,
     Result,
-    Row,
-    SelectionResult,
     budget_name,
     data_sets_of,
     sorted_budgets,
@@ -121,7 +119,7 @@ def with_best_bold(lines: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def paired_differences(
-    rows: Iterable[Row], other: Iterable[Row], pair: Callable[[Row], tuple[str | int, ...]]
+    rows: Iterable[Result], other: Iterable[Result], pair: Callable[[Result], tuple[str | int, ...]]
 ) -> list[float]:
     """By how much the top-1 of the first rows is higher, for each pair.
 
@@ -138,7 +136,7 @@ def paired_differences(
     return [top1[key] - of_other[key] for key in sorted(top1.keys() & of_other.keys())]
 
 
-def most_seeds(rows: Sequence[Row]) -> int:
+def most_seeds(rows: Sequence[Result]) -> int:
     """How many seeds the cell that has most of them has."""
     return max(Counter(row.key[:-1] for row in rows).values())
 
@@ -183,7 +181,7 @@ def accuracy_table(rows: Sequence[Result], usual: int) -> str:
     """
     top1: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        top1.setdefault((row.method, row.budget), []).append(row.top1)
+        top1.setdefault((row.way, row.budget), []).append(row.top1)
     methods = [method for method in WITH_BUDGET if _is_shown(method, rows)]
     lines = [[accuracy_cell(top1.get((method, budget), []), usual) for budget in BUDGETS] for method in methods]
     header = [f"{rows[0].numbers}, top-1 in %", *map(budget_name, BUDGETS)]
@@ -193,7 +191,7 @@ def accuracy_table(rows: Sequence[Result], usual: int) -> str:
 
 def full_update(rows: Sequence[Result], usual: int) -> str:
     """A line about full update, which has no budget, and what it takes; empty without its rows."""
-    full = [row for row in rows if row.method == "full"]
+    full = [row for row in rows if row.way == "full"]
     if not full:
         return ""
     extra, peak = (
@@ -207,7 +205,7 @@ def full_update(rows: Sequence[Result], usual: int) -> str:
 
 
 def _is_shown(method: str, rows: Iterable[Result]) -> bool:
-    return method not in ASIDE or any(row.method == method for row in rows)
+    return method not in ASIDE or any(row.way == method for row in rows)
 
 
 def differences_table(rows: Sequence[Result], usual: int) -> str:
@@ -225,8 +223,8 @@ def differences_table(rows: Sequence[Result], usual: int) -> str:
         for budget in BUDGETS:
             of_budget = [row for row in rows if row.budget == budget]
             differences = paired_differences(
-                (row for row in of_budget if row.method == method),
-                (row for row in of_budget if row.method == other),
+                (row for row in of_budget if row.way == method),
+                (row for row in of_budget if row.way == other),
                 lambda row: (row.seed,),
             )
             cells.append(difference_cell(differences, usual))
@@ -245,8 +243,8 @@ def search_time_section(rows: Sequence[Result]) -> str:
     methods = ("one_pass", "layers", "sub_tensor")
     seconds: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        if row.method in methods:
-            seconds.setdefault((row.method, row.numbers), []).append(row.search_seconds)
+        if row.way in methods:
+            seconds.setdefault((row.way, row.numbers), []).append(row.search_seconds)
     present = [numbers for numbers in NUMBERS if any(numbers == of for _, of in seconds)]
     if not present:
         return ""
@@ -272,8 +270,8 @@ def search_time_section(rows: Sequence[Result]) -> str:
 def _one_pass_minus(method: str, numbers: str, rows: Iterable[Result]) -> str:
     of_numbers = [row for row in rows if row.numbers == numbers]
     differences = paired_differences(
-        (row for row in of_numbers if row.method == "one_pass"),
-        (row for row in of_numbers if row.method == method),
+        (row for row in of_numbers if row.way == "one_pass"),
+        (row for row in of_numbers if row.way == method),
         lambda row: (row.data, row.budget, row.seed),
     )
     return difference_cell(differences, usual=0)
@@ -320,14 +318,15 @@ def _missing_of(data: str, numbers: str, method: str, found: Collection[tuple[st
     ]
 
 
-def missing_selection_rows(rows: Sequence[SelectionResult]) -> list[str]:
+def missing_selection_rows(rows: Sequence[Result]) -> list[str]:
     """What is not measured yet of the ways, budgets and seeds that a data set has some row of, in words.
 
     Example::
 
         missing_selection_rows(rows)  # ["fisher, every 50 steps at extra64 on cifar10, seeds 1, 2"]
     """
-    found, lines = {row.key for row in rows}, []
+    found = {(row.data, row.criterion, row.rechoose_every, row.budget, row.seed) for row in rows}
+    lines = []
     for data in data_sets_of(rows):
         of_data = [row for row in rows if row.data == data]
         every_seed = sorted({row.seed for row in of_data})
@@ -348,13 +347,13 @@ def selection_name(criterion: str, rechoose_every: int) -> str:
     return f"{criterion.replace('_', ' ')}, {f'every {rechoose_every} steps' if rechoose_every else 'static'}"
 
 
-def ways_to_choose(rows: Iterable[SelectionResult]) -> list[tuple[str, int]]:
+def ways_to_choose(rows: Iterable[Result]) -> list[tuple[str, int]]:
     """Each criterion and number of steps between choices once: the static ones first, of these the weight norm."""
     ways = {(row.criterion, row.rechoose_every) for row in rows}
     return sorted(ways, key=lambda way: (way[1], CRITERIA.index(way[0])))
 
 
-def selection_section(rows: Sequence[SelectionResult], pictures: Mapping[str, str] | None = None) -> str:
+def selection_section(rows: Sequence[Result], pictures: Mapping[str, str] | None = None) -> str:
     """All tables of ways to choose channels: one for each data set, and the differences over all.
 
     Args:
@@ -381,7 +380,7 @@ def selection_section(rows: Sequence[SelectionResult], pictures: Mapping[str, st
     return "\n".join(text for text in [*texts, _pooled_differences(rows)] if text)
 
 
-def selection_table(rows: Sequence[SelectionResult]) -> str:
+def selection_table(rows: Sequence[Result]) -> str:
     """Criteria by budgets: mean and standard deviation over the seeds, and the difference to the weight norm's.
 
     Args:
@@ -389,7 +388,7 @@ def selection_table(rows: Sequence[SelectionResult]) -> str:
 
     Example::
 
-        selection_table([row for row in load_rows("channel_selection.csv", SelectionResult) if row.data == "cifar10"])
+        selection_table([row for row in read_rows("channel_selection.csv", Result) if row.data == "cifar10"])
     """
     usual, budgets = most_seeds(rows), sorted_budgets(row.budget for row in rows)
     top1: dict[tuple[str, int, str], list[float]] = {}
@@ -403,20 +402,20 @@ def selection_table(rows: Sequence[SelectionResult]) -> str:
     return markdown_table(header, [[selection_name(*way), *line, differences.get(way, "")] for way, line in named])
 
 
-def selection_differences(rows: Sequence[SelectionResult]) -> dict[tuple[str, int], str]:
+def selection_differences(rows: Sequence[Result]) -> dict[tuple[str, int], str]:
     """For each way to choose but the reference its difference to it, pooled over all that ``rows`` has."""
-    of_way: dict[tuple[str, int], list[SelectionResult]] = {}
+    of_way: dict[tuple[str, int], list[Result]] = {}
     for row in rows:
         of_way.setdefault((row.criterion, row.rechoose_every), []).append(row)
     reference = of_way.get(REFERENCE, [])
 
-    def cell(some: list[SelectionResult]) -> str:
+    def cell(some: list[Result]) -> str:
         return difference_cell(paired_differences(some, reference, lambda row: (row.data, row.budget, row.seed)), 0)
 
     return {way: cell(of_way[way]) for way in ways_to_choose(rows) if way != REFERENCE}
 
 
-def _pooled_differences(rows: Sequence[SelectionResult]) -> str:
+def _pooled_differences(rows: Sequence[Result]) -> str:
     """The differences to the weight norm over all data sets; empty of a single one."""
     names = [title_of(data) for data in data_sets_of(rows)]
     if len(names) < 2:

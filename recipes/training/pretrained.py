@@ -2,8 +2,9 @@
 
 import copy
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 
+from microtune.datamodules.contract import ClassificationData
 from microtune.modules.classifier import Classifier
 from microtune.modules.int8.files import read_quantized_network
 from microtune.modules.int8.network import load_quantized_tensors
@@ -58,7 +59,7 @@ def _few(names: list[str]) -> str:
 
 
 def earlier_classifier(
-    module: Classifier, weights: str, input_shape: tuple[int, int, int], earlier_data: LightningDataModule
+    module: Classifier, weights: str, input_shape: tuple[int, int, int], earlier_data: ClassificationData
 ) -> Classifier:
     """The network as its weights were trained: with their own classifier, for the classes of ``earlier_data``."""
     earlier_data.prepare_data()
@@ -75,7 +76,7 @@ def take_trunk(earlier: Classifier, module: Classifier) -> None:
     earlier.net.load_state_dict(module.net.state_dict() | own)
 
 
-def test_quietly(trainer: Trainer, module: Classifier, data: LightningDataModule) -> float:
+def test_quietly(trainer: Trainer, module: Classifier, data: ClassificationData) -> float:
     """Top-1 on the test split, of which the loggers learn nothing."""
     loggers, trainer.loggers = trainer.loggers, []
     top1 = trainer.test(module, data, verbose=False)[0]["test/top1"]

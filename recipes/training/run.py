@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from microtune.callbacks.int8_training import Int8Training
 from microtune.callbacks.sparse_update import SparseUpdate
+from microtune.datamodules.contract import ClassificationData
 from microtune.modules.atomic_files import write_json
 from microtune.modules.classifier import Classifier
 from microtune.modules.int8.files import write_quantized_network
@@ -51,7 +52,7 @@ class BegunRun:
     memory: dict[str, Any]
 
 
-def set_up(data: LightningDataModule) -> None:
+def set_up(data: ClassificationData) -> None:
     """Downloads, unpacks and reads; one process of this machine at a time, so that the others find it done."""
     user = os.getuid() if hasattr(os, "getuid") else ""
     with FileLock(Path(tempfile.gettempdir()) / f"microtune-{user}.lock"):
@@ -139,7 +140,7 @@ def finish_run(
     plan: TrainingPlan,
     trainer: Trainer,
     module: Classifier,
-    data: LightningDataModule,
+    data: ClassificationData,
     facts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measures on the validation split and once on the test split, and leaves the report and an int8 network's file.
@@ -184,7 +185,7 @@ def forget_averages(trainer: Trainer) -> None:
     trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, EMAWeightAveraging)]
 
 
-def evaluate(trainer: Trainer, module: Classifier, data: LightningDataModule) -> dict[str, Any]:
+def evaluate(trainer: Trainer, module: Classifier, data: ClassificationData) -> dict[str, Any]:
     """Measures on the validation split, and once, at the end, on the test split."""
     validated = trainer.validate(module, data, verbose=False)[0] if data.val_samples else {}
     tested = trainer.test(module, data, verbose=False)[0]

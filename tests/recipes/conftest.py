@@ -247,26 +247,6 @@ def limited(monkeypatch) -> Callable[..., None]:
     )
 
 
-@pytest.fixture
-def pretended(monkeypatch) -> SimpleNamespace:
-    """Lets trainings only pretend: ``all`` are the arguments of each, ``of`` says what comes out, by its folder."""
-    outcome = SimpleNamespace(all=[], of=lambda folder: 0.5)
-
-    def train(data, recipe, arguments, weights, epochs, batch_size, seed, **options):
-        call = {"data": data, "weights": weights, "epochs": epochs, "batch_size": batch_size, "seed": seed}
-        outcome.all.append(call | options)
-        top1 = outcome.of(options["out_dir"].name)
-        options["out_dir"].mkdir(parents=True, exist_ok=True)
-        scheme = UpdateScheme.load(options["scheme"])
-        scheme.save(options["out_dir"] / "scheme.json")
-        report = {"top1": top1, "val_top1": top1 / 2, "seconds": 1.0}
-        report |= {"extra_memory_bytes": 1024 * scheme.bias_depth, "peak_memory_bytes": 4096 * scheme.bias_depth}
-        (options["out_dir"] / "report.json").write_text(json.dumps(report))
-
-    monkeypatch.setattr("microtune.recipes.studies.paired_trainings.train", train)
-    return outcome
-
-
 @pytest.fixture(scope="session")
 def evaluated() -> Callable[[Classifier, LightningDataModule], tuple[float, float]]:
     """Top-1 and cross entropy of a plain forward pass over a data module's test split."""

@@ -8,15 +8,18 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
+from microtune.callbacks.int8_training import Int8Training
 from microtune.callbacks.sparse_update import SparseUpdate
 from microtune.datamodules.digits import Digits
 from microtune.datamodules.kept_features import TrunkFeatures
 from microtune.modules.classifier import Classifier
+from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
+from microtune.modules.int8.post_training_quantization import calibrate, quantize_after_training
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
 from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.frozen_trunk import cut_network
-from microtune.modules.search.short_training import Choice, TrialTraining
+from microtune.modules.search.short_training import Choice, Int8Update, TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search import trials as trial_setup
@@ -96,8 +99,8 @@ def training_of(network, keep="memory", copies=2, base_depth=BASE_DEPTH, epochs=
     training = TrialTraining(rest, features, fresh_classifier, **arguments)
     training.trained, original = [], training._candidate
 
-    def candidate(scheme, seed):
-        training.trained.append(original(scheme, seed))
+    def candidate(*of):
+        training.trained.append(original(*of))
         return training.trained[-1]
 
     training._candidate = candidate
@@ -254,8 +257,8 @@ def test_learning_rate_warms_up_and_ends_near_zero(network, schemes):
     training = training_of(network, epochs=1, warmup_fraction=0.2)
     rates, original = [], training._candidate
 
-    def candidate(scheme, seed):
-        found = original(scheme, seed)
+    def candidate(*of):
+        found = original(*of)
         found.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
         return found
 
@@ -263,6 +266,13 @@ def test_learning_rate_warms_up_and_ends_near_zero(network, schemes):
     training.accuracies([schemes["classifier"]], seed=0)
     cosine = [0.05 * 0.5 * (1 + math.cos(math.pi * step / 9)) for step in range(9)]
     assert rates == pytest.approx([0.025, 0.05, *cosine])
+
+
+def test_warmup_fraction_of_a_training_replaces_that_of_the_trials(network, schemes):
+    training, other = training_of(network, epochs=1), training_of(network, epochs=1, warmup_fraction=0.5)
+    training.train([schemes["biases"]], seed=0, warmup_fraction=0.5)
+    other.train([schemes["biases"]], seed=0)
+    assert_same_rest(training.trained[0].network, other.trained[0].network)
 
 
 @pytest.mark.parametrize("base_depth", [BASE_DEPTH, 0])
@@ -290,6 +300,52 @@ def test_a_diverged_trial_is_said(network, caplog):
     training = training_of(network, epochs=1, learning_rate=1e30)
     training.accuracies([UpdateScheme(NAME, 3)], seed=0)
     assert "a trial with bias depth 3 and 0 weights diverged at learning rate 1e+30" in caplog.text
+
+
+# ---- int8
+
+
+@pytest.fixture(scope="module")
+def quantized(network):
+    """The network in int8."""
+    images = torch.cat([images for images, _ in digits().train_dataloader()])
+    graph, tensors = quantize_after_training(network, calibrate(network, [images]), "trial-int8")
+    found = QuantizedNetwork(graph, len(CLASSES))
+    load_quantized_tensors(found, tensors)
+    return found.to(memory_format=torch.channels_last)
+
+
+def linear(seed):
+    """The fresh classifier of an int8 network."""
+    return {name.removeprefix("1."): value for name, value in fresh_classifier(seed).items()}
+
+
+@pytest.mark.parametrize("gradient_scaling", [True, False])
+@pytest.mark.parametrize("weight_storage", ["in_place", "latent"])
+def test_int8_weights_are_those_of_the_callbacks_under_a_trainer(weight_storage, gradient_scaling, quantized, tmp_path):
+    """To the bit, in both storages, with and without scaled gradients."""
+    operations = find_operations(quantized, SHAPE)
+    names = [convolution.name for convolution in operations.convolutions]
+    scheme = UpdateScheme("trial-int8", 8, {names[-6]: 0.5, names[-3]: 1.0})
+    trunk, rest = cut_network(quantized, operations, BASE_DEPTH)
+    features = TrunkFeatures(trunk, digits(), copies=1)
+    training = TrialTraining(rest, features, linear, STEPS_PER_EPOCH, BATCH_SIZE, 0.05)
+    (trained,) = training.train([scheme], 0, int8_update=Int8Update(weight_storage, gradient_scaling))
+    arguments = {"graph": quantized.graph.to_json(), "num_classes": len(CLASSES)}
+    module = Classifier(arguments, learning_rate=0.05)
+    module.net.load_state_dict(quantized.state_dict() | {f"classifier.{name}": one for name, one in linear(0).items()})
+    callbacks = [Int8Training(weight_storage, gradient_scaling, seed=0)]
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[SparseUpdate(scheme, input_shape=SHAPE), *callbacks],
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, digits())
+    assert_same_rest(trained.network, module.net)
+    updated = trained.network.state_dict()[f"{names[-3]}.weight"]
+    before = quantized.state_dict()[f"{names[-3]}.weight"]
+    assert torch.equal(updated, updated.round()) == (weight_storage == "in_place")
+    assert torch.equal(updated.round(), before) != gradient_scaling  # without scaling the integers hardly move
 
 
 # ---- by settings

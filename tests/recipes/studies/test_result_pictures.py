@@ -19,12 +19,13 @@ from microtune.recipes.studies.result_pictures import (
     draw_updated_channels,
     input_channels,
 )
-from microtune.recipes.studies.result_rows import Result, SelectionResult
+from microtune.recipes.studies.result_rows import Result
 
 BASE = Result(
-    "cifar10", "fp32", "biases", "extra64", 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830, 32, 0.0, 71.5
-)
-CHOSEN = SelectionResult("cifar10", "weight_norm", 0, "extra64", 0, 0.8, None, 61747.0, 366, 32, 0.006, 71.5)
+    "cifar10", "fp32", "biases", "extra64", "weight_norm", 0, 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830,
+    32, 0.0, 71.5,
+)  # fmt: skip
+CHOSEN = replace(BASE, way="weight_norm", extra_memory_bytes=61747.0, steps=366, learning_rate=0.006)
 NETWORK, LAYER, NEXT = "mobilenet_v2-w0.35", "features.15.conv.0.0", "features.16.conv.0.0"
 
 
@@ -65,8 +66,8 @@ def test_accuracy_over_memory(drawn):
     rows = [replace(BASE, seed=seed, top1=top1) for seed, top1 in enumerate((0.7, 0.8, 0.84))]
     rows += [replace(BASE, budget="extra100", top1=0.9, extra_memory_bytes=102400.0)]
     rows += [replace(BASE, budget="stm32f746", top1=0.6, extra_memory_bytes=118784.0)]
-    rows += [replace(BASE, method="full", budget="none", top1=0.5, extra_memory_bytes=1048576.0)]
-    rows += [replace(BASE, numbers="int8", method="dynamic", top1=0.4)]
+    rows += [replace(BASE, way="full", budget="none", top1=0.5, extra_memory_bytes=1048576.0)]
+    rows += [replace(BASE, numbers="int8", way="dynamic", top1=0.4)]
     figure = drawn(draw_accuracy_over_memory, rows[::-1])
     fp32, int8 = figure.axes
     assert (fp32.get_title(), int8.get_title()) == ("fp32; full update needs 1,024 KiB", "int8")

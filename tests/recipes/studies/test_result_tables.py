@@ -15,7 +15,6 @@ from microtune.recipes.studies.result_rows import (
     NUMBERS,
     SEEDS,
     Result,
-    SelectionResult,
 )
 from microtune.recipes.studies.result_tables import (
     COLUMNS,
@@ -38,9 +37,10 @@ from microtune.recipes.studies.result_tables import (
 )
 
 BASE = Result(
-    "cifar10", "fp32", "biases", "extra64", 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830, 32, 0.0, 71.5
-)
-CHOSEN = SelectionResult("cifar10", "weight_norm", 0, "extra64", 0, 0.8, None, 61747.0, 366, 32, 0.006, 71.5)
+    "cifar10", "fp32", "biases", "extra64", "weight_norm", 0, 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830,
+    32, 0.0, 71.5,
+)  # fmt: skip
+CHOSEN = replace(BASE, way="weight_norm", extra_memory_bytes=61747.0, steps=366, learning_rate=0.006)
 
 
 def rows_of(top1, **values):
@@ -50,14 +50,15 @@ def rows_of(top1, **values):
 
 def chosen(top1, **values):
     """A row for each seed."""
-    return [replace(CHOSEN, seed=seed, top1=one, **values) for seed, one in enumerate(top1)]
+    way = f"{values.get('criterion', 'weight_norm')}_{values.get('rechoose_every', 0)}"
+    return [replace(CHOSEN, way=way, seed=seed, top1=one, **values) for seed, one in enumerate(top1)]
 
 
 def all_rows(data="cifar10", seed=0):
     """Every row that there should be, with accuracies at random."""
     top1 = random.Random(seed)
     return [
-        replace(BASE, data=data, numbers=numbers, method=method, budget=budget, seed=seed, top1=top1.random())
+        replace(BASE, data=data, numbers=numbers, way=method, budget=budget, seed=seed, top1=top1.random())
         for numbers in NUMBERS
         for method in METHODS
         for budget in (("none",) if method == "full" else BUDGETS)
@@ -127,8 +128,8 @@ def test_pairs_are_what_both_have():
 
 
 def test_accuracy_table_by_hand():
-    rows = rows_of([0.78, 0.79, 0.8]) + rows_of([0.82, 0.82, 0.82], method="sub_tensor")
-    rows += rows_of([0.83], method="dynamic", budget="stm32f746")
+    rows = rows_of([0.78, 0.79, 0.8]) + rows_of([0.82, 0.82, 0.82], way="sub_tensor")
+    rows += rows_of([0.83], way="dynamic", budget="stm32f746")
     assert accuracy_table(rows, 3).splitlines() == [
         "| fp32, top-1 in % | 64 KiB | 100 KiB | 256 KiB | STM32F746 |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -142,7 +143,7 @@ def test_accuracy_table_by_hand():
 
 
 def test_what_is_measured_aside_is_shown_where_it_is():
-    rows = rows_of([0.8, 0.8], method="one_pass") + rows_of([0.79, 0.79], method="one_pass_4")
+    rows = rows_of([0.8, 0.8], way="one_pass") + rows_of([0.79, 0.79], way="one_pass_4")
     assert "| the same, multiples of 4 channels | 79.0 ± 0.0 | - | - | - |" in accuracy_table(rows, 2)
     assert "| multiples of 4 minus one pass | -1.0 [-1.0, -1.0]* | - | - | - |" in differences_table(rows, 2)
     assert not any("one_pass_4" in line for line in missing_rows(rows))
@@ -150,7 +151,7 @@ def test_what_is_measured_aside_is_shown_where_it_is():
 
 def test_full_update_stands_apart_and_is_never_the_best():
     full = rows_of(
-        [0.98, 0.99, 1.0], method="full", budget="none", extra_memory_bytes=867021.0, peak_memory_bytes=1040486.0
+        [0.98, 0.99, 1.0], way="full", budget="none", extra_memory_bytes=867021.0, peak_memory_bytes=1040486.0
     )
     rows = rows_of([0.78, 0.79, 0.8]) + full
     assert "99.0" not in accuracy_table(rows, 3)
@@ -162,9 +163,9 @@ def test_full_update_stands_apart_and_is_never_the_best():
 
 
 def test_differences_table_by_hand():
-    rows = rows_of([0.8, 0.8, 0.8]) + rows_of([0.82, 0.83, 0.84], method="sub_tensor")
-    rows += rows_of([0.83, 0.82, 0.84], method="layers") + rows_of([0.85], method="one_pass")
-    rows += rows_of([0.9, 0.9, 0.9], method="dynamic", budget="extra100")
+    rows = rows_of([0.8, 0.8, 0.8]) + rows_of([0.82, 0.83, 0.84], way="sub_tensor")
+    rows += rows_of([0.83, 0.82, 0.84], way="layers") + rows_of([0.85], way="one_pass")
+    rows += rows_of([0.9, 0.9, 0.9], way="dynamic", budget="extra100")
     assert differences_table(rows, 3).splitlines() == [
         "| fp32, points | 64 KiB | 100 KiB | 256 KiB | STM32F746 |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -196,11 +197,11 @@ def test_how_to_read_says_how_many_seeds(top1, text):
 
 
 def test_search_time_by_hand():
-    one_pass = rows_of([0.8, 0.8], method="one_pass", search_seconds=1.0)
-    one_pass += rows_of([0.8, 0.8], method="one_pass", budget="extra100", search_seconds=2.0)
-    layers = rows_of([0.79], method="layers", search_seconds=100.0)
-    evolved = rows_of([0.81, 0.81], method="sub_tensor", search_seconds=5000.0)
-    evolved += rows_of([0.83, 0.83], method="sub_tensor", budget="extra256", search_seconds=6000.0)
+    one_pass = rows_of([0.8, 0.8], way="one_pass", search_seconds=1.0)
+    one_pass += rows_of([0.8, 0.8], way="one_pass", budget="extra100", search_seconds=2.0)
+    layers = rows_of([0.79], way="layers", search_seconds=100.0)
+    evolved = rows_of([0.81, 0.81], way="sub_tensor", search_seconds=5000.0)
+    evolved += rows_of([0.83, 0.83], way="sub_tensor", budget="extra256", search_seconds=6000.0)
     assert search_time_section(one_pass + layers + evolved).splitlines()[-5:] == [
         "| scheme | fp32, seconds | one pass minus this |",
         "| --- | ---: | ---: |",
@@ -212,8 +213,8 @@ def test_search_time_by_hand():
 
 
 def test_search_time_of_int8_stands_beside():
-    rows = rows_of([0.8], method="one_pass", search_seconds=1.0)
-    rows += rows_of([0.7], method="sub_tensor", numbers="int8", search_seconds=9.96)
+    rows = rows_of([0.8], way="one_pass", search_seconds=1.0)
+    rows += rows_of([0.7], way="sub_tensor", numbers="int8", search_seconds=9.96)
     assert search_time_section(rows).splitlines()[-5:] == [
         "| scheme | fp32, seconds | one pass minus this | int8, seconds | one pass minus this |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -278,17 +279,17 @@ def test_nothing_is_missing():
 @pytest.mark.parametrize(
     ("lost", "line"),
     [
-        ({"seed": 2, "method": "full", "numbers": "fp32"}, "fp32 full on cifar10, seed 2"),
-        ({"method": "full", "numbers": "fp32"}, "fp32 full on cifar10, seeds 0, 1, 2"),
+        ({"seed": 2, "way": "full", "numbers": "fp32"}, "fp32 full on cifar10, seed 2"),
+        ({"way": "full", "numbers": "fp32"}, "fp32 full on cifar10, seeds 0, 1, 2"),
         (
-            {"seed": 1, "method": "dynamic", "numbers": "int8", "budget": "stm32f746"},
+            {"seed": 1, "way": "dynamic", "numbers": "int8", "budget": "stm32f746"},
             "int8 dynamic at stm32f746 on cifar10, seed 1",
         ),
         (
-            {"method": "dynamic", "numbers": "int8", "budget": "stm32f746"},
+            {"way": "dynamic", "numbers": "int8", "budget": "stm32f746"},
             "int8 dynamic at stm32f746 on cifar10, seeds 0, 1, 2",
         ),
-        ({"method": "layers", "numbers": "fp32"}, "fp32 layers on cifar10, all budgets and seeds"),
+        ({"way": "layers", "numbers": "fp32"}, "fp32 layers on cifar10, all budgets and seeds"),
         ({"numbers": "int8"}, "int8 on cifar10, all rows"),
         ({"data": "cifar10"}, "cifar10, all rows"),
     ],
@@ -298,7 +299,7 @@ def test_missing_in_words(lost, line):
 
 
 def test_several_are_missing():
-    rows = without(without(all_rows(), seed=1, method="biases", budget="extra64"), seed=2, method="biases")
+    rows = without(without(all_rows(), seed=1, way="biases", budget="extra64"), seed=2, way="biases")
     assert missing_rows(rows)[:4] == [
         "fp32 biases at extra64 on cifar10, seeds 1, 2",
         "fp32 biases at extra100 on cifar10, seed 2",
@@ -366,4 +367,4 @@ def test_selection_section_pools_over_data_sets():
 
 
 def test_most_seeds():
-    assert most_seeds(rows_of([0.8, 0.8]) + rows_of([0.8], method="layers")) == 2
+    assert most_seeds(rows_of([0.8, 0.8]) + rows_of([0.8], way="layers")) == 2

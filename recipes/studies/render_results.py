@@ -1,18 +1,20 @@
 """Makes the tables and pictures of the results from CSV, and says which rows are missing.
 
-    uv run recipes/studies/make_results.py --results recipes/results/results.csv --out_dir recipes/results \\
+    uv run recipes/studies/render_results.py --results recipes/results/results.csv --out_dir recipes/results \\
         --readme README.md
 
-Takes seconds and trains nothing. A row is one training: ``Result`` in ``result_rows.py`` says what its columns are,
-``SelectionResult`` those of ``--selection``. ``OUT_DIR/results.md`` has the tables, and shows the pictures beside it;
-``--readme`` also puts the tables between two lines of another file.
+Takes seconds and trains nothing. A row is one training, as ``compare_trainings.py`` writes it: ``Result`` in
+``result_rows.py`` says what its columns are. ``--results`` are those of the ways of ``ways/methods.json``,
+``--selection`` those of ``ways/channel_selection.json``. ``OUT_DIR/results.md`` has the tables, and shows the pictures
+beside it; ``--readme`` also puts the tables between two lines of another file.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from microtune.modules.atomic_files import whole_file
+from microtune.modules.csv_rows import read_rows
 from microtune.modules.user_error import UserError
 from microtune.recipes.studies.result_pictures import (
     NamedScheme,
@@ -24,9 +26,7 @@ from microtune.recipes.studies.result_rows import (
     BUDGETS,
     METHODS,
     Result,
-    SelectionResult,
     data_sets_of,
-    load_rows,
     title_of,
 )
 from microtune.recipes.studies.result_tables import (
@@ -39,7 +39,8 @@ from microtune.recipes.studies.result_tables import (
 )
 from microtune.recipes.training.command_line import listed, run_recipe
 
-BEGIN, END = "<!-- results: made by recipes/studies/make_results.py -->", "<!-- end of results -->"
+SEARCHED = [method for method in METHODS if method not in ("full", "last_layers", "biases")]
+BEGIN, END = "<!-- results: made by recipes/studies/render_results.py -->", "<!-- end of results -->"
 
 
 def main(
@@ -56,17 +57,17 @@ def main(
         out_dir: Where results.md and the pictures are written.
         selection: CSV with a row for each training that compares criteria for channels.
         schemes: Schemes to draw, such as cifar10-extra64-one_pass=scheme.json, separated by commas; by default those
-            in OUT_DIR/schemes, as cifar10-extra64-one_pass.json.
+            in OUT_DIR/schemes that were searched for, as cifar10-extra64-one_pass.json.
         readme: File whose tables are replaced: those between the two lines that mark them.
 
     Raises:
         UserError: A file is missing or not what it should be.
     """
     # everything is read before anything is written
-    rows = load_rows(results, Result)
+    rows = read_rows(results, Result, check_method)
     if not rows:
         raise UserError(f"{results} has no rows: give the results of at least one training")
-    of_selection = [] if selection is None else load_rows(selection, SelectionResult)
+    of_selection = [] if selection is None else read_rows(selection, Result, check_choice)
     drawn = load_schemes(scheme_files(schemes, out_dir / "schemes"))
     text = None if readme is None else read_marked(readme)
     pictures = draw_all(rows, of_selection, drawn, out_dir)
@@ -86,9 +87,34 @@ def main(
         print("no row is missing")
 
 
-def results_in_markdown(
-    rows: Sequence[Result], of_selection: Sequence[SelectionResult], pictures: Sequence[str] = ()
-) -> str:
+def check_method(row: Result, others: Mapping[int, Result]) -> None:
+    """Raises ``UserError`` if the tables have no place for a row, or others (by line) were trained for other steps."""
+    if row.way not in METHODS:
+        raise UserError(f"way is {row.way!r:.80}: the tables are of {', '.join(METHODS)}")
+    budgets = ("none",) if row.way == "full" else BUDGETS
+    if row.budget not in budgets:
+        raise UserError(f"budget is {row.budget!r:.80}: the tables have {', '.join(budgets)} of {row.way}")
+    check_equal_steps(row, others)
+
+
+def check_choice(row: Result, others: Mapping[int, Result]) -> None:
+    """Raises ``UserError`` if a row is of no choice of channels, or others (by line) were trained for other steps."""
+    if row.way in METHODS:
+        raise UserError(f"way is {row.way!r}: that is no choice of channels; give what ways/channel_selection.json has")
+    check_equal_steps(row, others)
+
+
+def check_equal_steps(row: Result, others: Mapping[int, Result]) -> None:
+    """Raises ``UserError`` if another row (by line) of the same data has other steps or another batch size."""
+    for line, other in others.items():
+        if row.data == other.data and (row.steps, row.batch_size) != (other.steps, other.batch_size):
+            raise UserError(
+                f"{row.data} was trained for {row.steps} steps of {row.batch_size} samples, in line {line} for "
+                f"{other.steps} of {other.batch_size}: give every way the same budget of steps"
+            )
+
+
+def results_in_markdown(rows: Sequence[Result], of_selection: Sequence[Result], pictures: Sequence[str] = ()) -> str:
     """All tables, and with those of a data set its pictures.
 
     Args:
@@ -112,7 +138,7 @@ def results_in_markdown(
 
 
 def draw_all(
-    rows: Sequence[Result], of_selection: Sequence[SelectionResult], schemes: Sequence[NamedScheme], out_dir: Path
+    rows: Sequence[Result], of_selection: Sequence[Result], schemes: Sequence[NamedScheme], out_dir: Path
 ) -> list[str]:
     """Draws the pictures of every data set; returns their names."""
     pictures = []
@@ -139,7 +165,7 @@ def scheme_files(schemes: str | None, folder: Path) -> dict[str, Path]:
         scheme_files("cifar10-extra64-layers=scheme.json", Path("schemes"))  # {"cifar10-extra64-layers": Path(...)}
     """
     if schemes is None:
-        return {file.stem: file for file in sorted(folder.glob("*.json"))}
+        return {file.stem: file for file in sorted(folder.glob("*.json")) if file.stem.split("-")[-1] in SEARCHED}
     files: dict[str, Path] = {}
     for part in listed(schemes):
         name, equals, file = part.partition("=")

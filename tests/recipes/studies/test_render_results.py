@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from microtune.modules.csv_rows import write_rows
+from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.studies.make_results import (
+from microtune.recipes.studies.render_results import (
     BEGIN,
     END,
     load_schemes,
@@ -20,13 +20,14 @@ from microtune.recipes.studies.make_results import (
     scheme_files,
     with_tables,
 )
-from microtune.recipes.studies.result_rows import Result, SelectionResult, load_rows
+from microtune.recipes.studies.result_rows import Result
 
 ROOT = Path(__file__).parents[3]
 BASE = Result(
-    "cifar10", "fp32", "biases", "extra64", 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830, 32, 0.0, 71.5
-)
-CHOSEN = SelectionResult("cifar10", "weight_norm", 0, "extra64", 0, 0.8, None, 61747.0, 366, 32, 0.006, 71.5)
+    "cifar10", "fp32", "biases", "extra64", "weight_norm", 0, 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830,
+    32, 0.0, 71.5,
+)  # fmt: skip
+CHOSEN = replace(BASE, way="weight_norm", extra_memory_bytes=61747.0, steps=366, learning_rate=0.006)
 SCHEME = UpdateScheme("mobilenet_v2-w0.35", 12, {"features.16.conv.0.0": 0.5})
 NAME = "cifar10-extra64-sub_tensor"
 
@@ -35,7 +36,7 @@ NAME = "cifar10-extra64-sub_tensor"
 def files(tmp_path):
     """Two CSV files with a row each, a scheme where it is looked for, and a README."""
     write_rows(tmp_path / "results.csv", [BASE], Result)
-    write_rows(tmp_path / "selection.csv", [CHOSEN], SelectionResult)
+    write_rows(tmp_path / "selection.csv", [CHOSEN], Result)
     SCHEME.save(tmp_path / f"out/schemes/{NAME}.json")
     (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}\nold tables\n{END}\n\nThe end")
     return tmp_path
@@ -43,7 +44,7 @@ def files(tmp_path):
 
 def test_everything_is_made(files, command):
     words = ("--results", files / "results.csv", "--out_dir", files / "out", "--selection", files / "selection.csv")
-    ended = command("make_results", *words, "--readme", files / "README.md")
+    ended = command("render_results", *words, "--readme", files / "README.md")
     assert (ended.status, ended.errors) == (0, "")
     pictures = ["accuracy_over_memory_cifar10.png", "channel_selection_cifar10.png", "updated_channels_cifar10.png"]
     assert sorted(path.name for path in (files / "out").iterdir()) == sorted([*pictures, "results.md", "schemes"])
@@ -72,16 +73,16 @@ def test_made_again_it_is_the_same(files):
 
 
 def test_no_row_is_missing(files, command, monkeypatch):
-    monkeypatch.setattr("microtune.recipes.studies.make_results.missing_rows", lambda rows: [])
-    ended = command("make_results", "--results", files / "results.csv", "--out_dir", files / "out")
+    monkeypatch.setattr("microtune.recipes.studies.render_results.missing_rows", lambda rows: [])
+    ended = command("render_results", "--results", files / "results.csv", "--out_dir", files / "out")
     assert ended.output.splitlines()[-1] == "no row is missing"
 
 
 def test_selection_tells_what_is_missing(files, command):
-    rows = [CHOSEN, replace(CHOSEN, seed=1), replace(CHOSEN, criterion="fisher")]
-    write_rows(files / "selection.csv", rows, SelectionResult)
+    rows = [CHOSEN, replace(CHOSEN, seed=1), replace(CHOSEN, way="fisher", criterion="fisher")]
+    write_rows(files / "selection.csv", rows, Result)
     ended = command(
-        *("make_results", "--results", files / "results.csv", "--out_dir", files / "out"),
+        *("render_results", "--results", files / "results.csv", "--out_dir", files / "out"),
         *("--selection", files / "selection.csv"),
     )
     assert ended.output.splitlines()[-1] == "missing: fisher, static at extra64 on cifar10, seed 1"
@@ -90,7 +91,7 @@ def test_selection_tells_what_is_missing(files, command):
 def test_schemes_of_the_command_line_take_the_place_of_the_folder(files, command):
     SCHEME.save(files / "mine.json")
     words = ("--results", files / "results.csv", "--out_dir", files / "out", "--schemes")
-    assert command("make_results", *words, f"flowers17-extra100-one_pass={files / 'mine.json'}").status == 0
+    assert command("render_results", *words, f"flowers17-extra100-one_pass={files / 'mine.json'}").status == 0
     assert [path.name for path in (files / "out").glob("updated*")] == ["updated_channels_flowers17.png"]
 
 
@@ -99,10 +100,8 @@ def test_schemes_of_the_command_line_take_the_place_of_the_folder(files, command
     [
         (["--results", "nowhere.csv"], "nowhere.csv: the file cannot be read: No such file or directory"),
         (["--results", "empty.csv"], "empty.csv has no rows: give the results of at least one training"),
-        (
-            ["--selection", "results.csv"],
-            "results.csv: line 1: unknown column 'numbers': the columns are data",
-        ),
+        (["--selection", "results.csv"], "results.csv: line 2: way is 'biases': that is no choice of channels"),
+        (["--results", "selection.csv"], "selection.csv: line 2: way is 'weight_norm': the tables are of full, last_"),
         (["--schemes", f"{NAME}=nowhere.json"], "nowhere.json: cannot read the update scheme"),
         (["--readme", "results.csv"], f"results.csv has the line {BEGIN} 0 times"),
     ],
@@ -112,15 +111,15 @@ def test_mistakes_leave_everything_as_it_was(words, error, files, command, monke
     write_rows("empty.csv", [], Result)
     before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
     arguments = {"--results": "results.csv", "--out_dir": "out", "--readme": "README.md"} | {words[0]: words[1]}
-    ended = command("make_results", *(word for pair in arguments.items() for word in pair))
+    ended = command("render_results", *(word for pair in arguments.items() for word in pair))
     assert (ended.status, ended.output) == (2, "")
-    assert ended.errors.startswith(f"make_results.py: error: {error}")
+    assert ended.errors.startswith(f"render_results.py: error: {error}")
     assert ended.errors.count("\n") == 1
     assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
 
 
 def test_pytorch_is_not_imported_without_schemes(tmp_path):
-    script = "import sys, microtune.recipes.studies.make_results; assert 'torch' not in sys.modules"
+    script = "import sys, microtune.recipes.studies.render_results; assert 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
@@ -168,9 +167,31 @@ def test_readme_that_cannot_be_read(tmp_path):
 def test_scheme_files(tmp_path):
     assert scheme_files("a=b.json, c=d=e.json", tmp_path) == {"a": Path("b.json"), "c": Path("d=e.json")}
     assert scheme_files(None, tmp_path / "nowhere") == {}
-    (tmp_path / "a.json").touch()
-    (tmp_path / "notes.txt").touch()
-    assert scheme_files(None, tmp_path) == {"a": tmp_path / "a.json"}
+    for name in (f"{NAME}.json", "cifar10-extra64-biases.json", "cifar10-extra64-sub_tensor-int8.json", "notes.txt"):
+        (tmp_path / name).touch()
+    assert scheme_files(None, tmp_path) == {NAME: tmp_path / f"{NAME}.json"}  # those that were searched for
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"way": "best"}, "line 3: way is 'best': the tables are of full, last_layers"),
+        ({"budget": "none"}, "line 3: budget is 'none': the tables have extra64, extra100"),
+        ({"way": "full"}, "line 3: budget is 'extra64': the tables have none of full"),
+        (
+            {"seed": 1, "steps": 7},
+            "line 3: cifar10 was trained for 7 steps of 32 samples, in line 2 for 1830 of 32: give every way the same "
+            "budget of steps",
+        ),
+        ({"seed": 1, "batch_size": 8}, "line 3: cifar10 was trained for 1830 steps of 8 samples, in line 2 for 1830"),
+    ],
+)
+def test_rows_that_the_tables_have_no_place_for(changes, error, files):
+    write_rows(files / "results.csv", [BASE, replace(BASE, **changes)], Result)
+    with pytest.raises(UserError) as refused:
+        main(files / "results.csv", files / "out")
+    assert str(refused.value).startswith(f"{files / 'results.csv'}: {error}")
+    assert not (files / "out/results.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -208,8 +229,8 @@ def test_name_says_what_a_scheme_is_for(name):
 
 def test_the_tables_of_the_readme_are_those_of_the_committed_results():
     """Whoever changes a CSV, or how a table looks, renders them again."""
-    rows = load_rows(ROOT / "recipes/results/results.csv", Result)
-    of_selection = load_rows(ROOT / "recipes/results/channel_selection.csv", SelectionResult)
+    rows = read_rows(ROOT / "recipes/results/results.csv", Result)
+    of_selection = read_rows(ROOT / "recipes/results/channel_selection.csv", Result)
     text = (ROOT / "README.md").read_text()
     between = text.split(f"{BEGIN}\n")[1].split(f"{END}\n")[0]
     assert results_in_markdown(rows, of_selection) in between
