@@ -43,7 +43,7 @@ from microtune.recipes.studies.way_schemes import (
     schemes_without_search,
     search_once,
 )
-from microtune.recipes.studies.ways import SEARCHES, Numbers, load_ways, numbers_of
+from microtune.recipes.studies.ways import SEARCHES, Numbers, load_ways
 from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
 from microtune.recipes.training.command_line import numbers as numbers_in
 from microtune.recipes.training.options import LoggerName
@@ -133,57 +133,52 @@ def main(
     """
     started, arguments = time.monotonic(), flat(locals())
     torch.set_num_threads(1)
-    check_at_least_one(
-        batch_size=batch_size, seeds=seeds, processes=processes, base_depth=base_depth, steps=steps, copies=copies
-    )
-    check_ranges(arguments)
-    if epochs is not None and steps is not None:
-        raise UserError(f"epochs is {epochs} beside steps {steps}: leave one of them out")
-    epochs = EPOCHS if epochs is None and steps is None else epochs
-    of_name = load_ways(ways, ways_file, scheme)
-    if learning_rate is not None and learning_rates is not None:
-        raise UserError(f"learning_rate is {learning_rate} beside learning_rates {learning_rates}: leave one out")
+    refuse_contradictions(arguments)
+    if epochs is None and steps is None:
+        epochs = EPOCHS
     if data_sets is None:
         default_rate = 0.1 / 256 * batch_size if learning_rate is None else learning_rate
-        rates = (default_rate,) if learning_rates is None else tuple(numbers_in(learning_rates, float))
         tasks = one_task(
-            data, weights, network, only, data_dir=None if data_dir is None else str(data_dir),
+            data, weights, network, data_dir=None if data_dir is None else str(data_dir),
             data_options=data_options or {}, resolution=resolution, width=width, head_convolution=head_convolution,
-            learning_rates=rates,
+            learning_rates=[default_rate] if learning_rates is None else numbers_in(learning_rates, float),
         )  # fmt: skip
         learning_rate = default_rate if learning_rates is None else None
     else:
-        if data is not None or learning_rates is not None:
-            raise UserError("data_sets lists data and learning_rates: leave --data and --learning_rates out")
         tasks = load_tasks(data_sets, listed(only))
     study = Study(
-        tasks, of_name, numbers_asked_for(numbers, tasks), listed(budgets), seeds, steps, epochs, batch_size,
-        learning_rate, rate_budget, warmup_fraction, base_depth, contributions,
-        copies or (epochs if steps is None else COPIES), features, features_limit_mib,
-        out_dir or new_folder(Path("runs") / "compare_trainings"),
-    )  # fmt: skip
+        tasks=tasks,
+        ways=load_ways(ways, ways_file, scheme),
+        numbers=numbers_asked_for(numbers, tasks),
+        budgets=listed(budgets),
+        seeds=seeds,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        rate_budget=rate_budget,
+        warmup_fraction=warmup_fraction,
+        base_depth=base_depth,
+        contributions=contributions,
+        copies=copies or epochs or COPIES,
+        features=features,
+        features_limit_mib=features_limit_mib,
+        out_dir=out_dir or new_folder(Path("runs") / "compare_trainings"),
+    )
     check(study)
     schemes = schemes_of(study)
     hashes = hashes_of({network.source for network in study.networks.values()} - {"none", "torchvision"})
     with opened_folder(study.out_dir, arguments, MAY_GROW), Workers(processes) as workers:
         keep_beginnings(study, hashes)
-        found, seconds = searched_schemes(study, workers)
-        schemes |= found
-        keep_schemes(study, schemes)
-        trainings = trainings_of(study, schemes, seconds)
-        trainings = with_chosen_rates(study, trainings, workers)
-        keep = partial(keep_results, study)
-        trainings = train_until_none_diverges(trainings, workers, study.out_dir, keep)
-        rows = keep(trainings)
-        missing = missing_from(study, trainings)
+        searched, search_seconds = searched_schemes(study, workers)
+        keep_schemes(study, schemes | searched)
+        planned = trainings_of(study, schemes | searched, search_seconds)
+        rated = with_chosen_rates(study, planned, workers)
+        trainings = train_until_none_diverges(rated, workers, study.out_dir, partial(keep_results, study))
+        rows, missing = keep_results(study, trainings), missing_from(study, trainings)
         if not rows:
             raise UserError(missing[0])
-        report = {
-            "comparisons": compare_all(
-                rows, [(name, one) for name, way in of_name.items() for one in numbers_of(way, study.numbers)]
-            ),
-            "missing": missing,
-        }
+        report = {"comparisons": compare_all(rows, study.ways_and_numbers()), "missing": missing}
         report["seconds"] = time.monotonic() - started
         write_json(study.out_dir / "report.json", report)
         draw_comparisons(report["comparisons"], study.out_dir / "comparison.png")
@@ -192,14 +187,23 @@ def main(
     return report
 
 
-def one_task(
-    data: DataName | None, weights: str, network: str, only: str | None, **further: Any
-) -> dict[str, TransferTask]:
-    """The data set of the command line; the others are fields of ``TransferTask``."""
-    if data is None:
+def refuse_contradictions(arguments: dict[str, Any]) -> None:
+    """Raises ``UserError`` where an argument is out of its range, or makes no sense beside another."""
+    counts = ("batch_size", "seeds", "processes", "base_depth", "steps", "copies")
+    check_at_least_one(**{name: arguments[name] for name in counts})
+    check_ranges(arguments)
+    if arguments["data"] is None and arguments["data_sets"] is None:
         raise UserError("there is no data: give --data, or a list of data sets with --data_sets")
-    if only is not None:
-        raise UserError(f"only is {only}, but that is of a list of data sets: leave it out, or give --data_sets")
+    for name, other in (
+        ("epochs", "steps"), ("learning_rate", "learning_rates"), ("data_sets", "data"), ("data", "only"),
+        ("data_sets", "learning_rates"),
+    ):  # fmt: skip
+        if arguments[name] is not None and arguments[other] is not None:
+            raise UserError(f"{name} is {arguments[name]} beside {other} {arguments[other]}: leave one of them out")
+
+
+def one_task(data: DataName, weights: str, network: str, **further: Any) -> dict[str, TransferTask]:
+    """The data set of the command line; the others are fields of ``TransferTask``."""
     int8_network = network if is_quantized_file(network) else None
     source_of_weights("mobilenet_v2" if int8_network else network, weights)
     return {

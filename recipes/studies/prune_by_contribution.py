@@ -65,6 +65,7 @@ from microtune.recipes.studies.structured_pruning import (
     units_to_remove,
     without_unit,
 )
+from microtune.recipes.studies.study_folder import opened_folder
 from microtune.recipes.training.command_line import check_at_least_one, flat, listed, numbers, run_recipe
 from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.networks import DescribedNetwork, describe_network

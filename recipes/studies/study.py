@@ -126,6 +126,10 @@ class Study:
         """The network that meets the data."""
         return self.networks[data, numbers].described
 
+    def ways_and_numbers(self) -> list[tuple[str, Numbers]]:
+        """What is compared on each data set at each budget, in the order in which it was given."""
+        return [(name, numbers) for name, way in self.ways.items() for numbers in numbers_of(way, self.numbers)]
+
     def cases(self) -> Iterator[Case]:
         """All that is compared; a way that no budget concerns stands there once."""
         for data in self.tasks:

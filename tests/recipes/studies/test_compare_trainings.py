@@ -477,7 +477,7 @@ TINY = {"steps": 3, "batch_size": 16, "seeds": 1, "base_depth": 8, "logger": "no
 def data_sets(tmp_path_factory):
     """The digits under the name of a data set that tables know."""
     path = tmp_path_factory.mktemp("list") / "data_sets.json"
-    digits = {"data": "digits", "weights": "none", "resolution": 32, "learning_rates": [0.05, 0.1]}
+    digits = {"data": "digits", "weights": "none", "resolution": 32, "learning_rates": [0.05]}
     path.write_text(json.dumps({"cifar10": digits}))
     return path
 
@@ -533,7 +533,9 @@ def test_searched_schemes_are_what_their_ways_say(measured):
 def test_rates_are_chosen_without_the_test_split(measured):
     trainings = [json.loads(path.read_text()) for path in (measured / "trainings").iterdir()]
     assert {tuple(one["top1"]) for one in trainings} == {("val",), ("val", "test")}
-    assert sum("test" not in one["top1"] for one in trainings) >= 2 * (len(METHODS) - 1)
+    # (one fewer where one pass has no other best scheme in multiples of 4)
+    for splits in (1, 2):
+        assert sum(len(one["top1"]) == splits for one in trainings) in (len(METHODS) - 1, len(METHODS))
 
 
 def test_searches_are_done_once(measured, data_sets, methods, trained, tmp_path, monkeypatch):
@@ -721,8 +723,8 @@ MISTAKES = {
     "rates twice": (("--learning_rates", "0.1,0.2"), r"learning_rate is 0\.1 beside learning_rates 0\.1,0\.2: leave"),
     "rate 0": (("--learning_rate", "null", "--learning_rates", "0,1"), "cifar10: learning_rates is 0.0: it should be"),
     "epochs and steps": (("--steps", 5), "epochs is 2 beside steps 5: leave one of them out"),
-    "list and data": (("--data_sets", "list.json"), "data_sets lists data and learning_rates: leave --data and"),
-    "only": (("--only", "cifar10"), "only is cifar10, but that is of a list of data sets: leave it out, or"),
+    "list and data": (("--data_sets", "list.json"), r"data_sets is list\.json beside data cifar10: leave one"),
+    "only": (("--only", "cifar10"), "data is cifar10 beside only cifar10: leave one of them out"),
     "no data": (("--data", "null"), "there is no data: give --data, or a list of data sets with --data_sets"),
     "epochs 0": (("--epochs", 0), "epochs is 0: give 1 or more"),
     "seeds 0": (("--seeds", 0), "seeds is 0: give 1 or more"),

@@ -61,7 +61,7 @@ def test_a_training_is_known_by_what_it_does(training):
     ]
     others = [
         replace(training, seed=1),
-        replace(training, seed=1, own_augmentation=True),
+        replace(training, as_recipe=True),
         replace(training, learning_rate=0.2),
         replace(training, warmup_fraction=0.2),
         replace(training, way=Way("biases", criterion="taylor")),
