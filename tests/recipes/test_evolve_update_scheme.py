@@ -1,6 +1,5 @@
 """The search for a scheme: within its budget, as good as the optimum, reproducible and resumed to the bit."""
 
-import csv
 import hashlib
 import json
 import math
@@ -53,6 +52,8 @@ CONTRACT = (
 BUDGETS = {"extra": ("--memory", "extra", "--budget_kib", 100), "peak": ("--mcu", "stm32f746")}
 BUDGET_BYTES = {"extra": 100 * 1024, "peak": 288 * 1024}
 SMALL_BUDGET = 30 * 1024
+GRADIENT_DEPTH = 12
+WITH_GRADIENT = ("--contributions", "gradient", "--data", "digits")
 IMPORTED_BY_NEED = ("microtune.recipes.training.pretrained", "microtune.datamodules.digits", "scipy.optimize")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -414,11 +415,11 @@ def words_of(small, weights):
     return {
         "table": (
             *("--width", 0.35, "--resolution", 32, "--contributions", MEASURED, "--memory", "extra"),
-            *("--budget_kib", 60, "--evaluations", 800, "--finalists", 0, "--logger", "none"),
+            *("--budget_kib", 60, "--evaluations", 400, "--finalists", 0, "--logger", "none"),
         ),
         "accuracy": (
             *(*small, "--data", "digits", "--weights", weights, "--fitness", "accuracy", "--steps", 10),
-            *("--learning_rate", 1.0, "--evaluations", 24, "--population", 6),
+            *("--learning_rate", 1.0, "--evaluations", 18, "--population", 6),
             *("--finalists", 2, "--final_steps", 10, "--final_seeds", 1),
         ),
     }
@@ -524,7 +525,8 @@ def by_gradient(weights):
     """The words of a scheme from one backward pass."""
     return (
         *("--contributions", "gradient", "--data", "digits", "--weights", weights, "--resolution", 32),
-        *("--base_depth", 18, "--choice_samples", 70, "--memory", "extra", "--budget_kib", SMALL_BUDGET // 1024),
+        *("--base_depth", GRADIENT_DEPTH, "--choice_samples", 70, "--memory", "extra"),
+        *("--budget_kib", SMALL_BUDGET // 1024),
         *("--logger", "none"),
     )
 
@@ -532,8 +534,30 @@ def by_gradient(weights):
 @pytest.fixture(scope="module")
 def measured(weights):
     """The gradient that ``by_gradient`` asks for, on the first 70 samples."""
-    settings = TrialSettings("digits", weights=str(weights), resolution=32, base_depth=18)
+    settings = TrialSettings("digits", weights=str(weights), resolution=32, base_depth=GRADIENT_DEPTH)
     return measure_gradient(settings, 70, seed=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once():
+    """The recipe's own gradients, each measured once for all tests, which are of what is made of it."""
+    known = {}
+
+    def measure_once(*arguments):
+        key = repr(arguments)
+        if key not in known:
+            known[key] = measure_gradient(*arguments)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("microtune.recipes.evolve_update_scheme.measure_gradient", measure_once)
+        yield
+
+
+@pytest.fixture
+def measured_anew(monkeypatch):
+    """As in another process."""
+    monkeypatch.setattr("microtune.recipes.evolve_update_scheme.measure_gradient", measure_gradient)
 
 
 @pytest.fixture(scope="module")
@@ -550,7 +574,7 @@ IN_CHANNELS = {convolution.name: convolution.in_channels for convolution in DIGI
 
 def test_computed_scheme_is_the_optimum_within_the_budget(computed, measured):
     found = computed["channels"]
-    table = gradient_table(measured.importance, DIGITS.operations.convolutions, 18)
+    table = gradient_table(measured.importance, DIGITS.operations.convolutions, GRADIENT_DEPTH)
     problem = SearchProblem(DIGITS.name, PeakMemory(DIGITS.operations), table, SMALL_BUDGET, "extra")
     assert found.report["score"] == proven_optimum(problem).score > 0
     needed = memory_bytes("extra", DIGITS, found.scheme)
@@ -663,7 +687,7 @@ def test_computed_scheme_of_an_int8_network(small_graph, small_tensors, tiny_cif
     assert found.report["score"] > 0
 
 
-def test_computed_again_where_it_was_killed(computed, by_gradient, tmp_path):
+def test_computed_again_where_it_was_killed(computed, measured_anew, by_gradient, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("config.yaml", "contributions.csv"):
         shutil.copy(computed["channels"].folder / name, tmp_path / "out")
@@ -777,9 +801,11 @@ def test_search_by_gradient_stopped_and_resumed(
 
 
 def test_really_trained_by_gradient(by_gradient, weights, tmp_path):
-    words = ("--fitness", "accuracy", "--evaluations", 6, "--population", 4, "--steps", 4, "--learning_rate", 1.0)
+    words = ("--fitness", "accuracy", "--evaluations", 4, "--population", 4, "--steps", 4, "--learning_rate", 1.0)
     found = call(*by_gradient, *words, "--finalists", 0, "--out_dir", tmp_path / "out")
-    settings = TrialSettings("digits", weights=str(weights), resolution=32, base_depth=18, steps=4, learning_rate=1.0)
+    settings = TrialSettings(
+        "digits", weights=str(weights), resolution=32, base_depth=GRADIENT_DEPTH, steps=4, learning_rate=1.0
+    )
     optimum = UpdateScheme.load(tmp_path / "out/optimum.json")
     assert accuracy(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
 
@@ -803,35 +829,6 @@ def test_table_without_what_is_asked_for(refuse, small_table, tmp_path):
     }
     for words, message in expected.items():
         assert refuse("--contributions", "halves.csv", *words) == message
-
-
-WITH_GRADIENT = ("--contributions", "gradient", "--data", "digits")
-GRADIENT_MISTAKES = {
-    "no data": (("--contributions", "gradient"), "a gradient is that of training samples: say of what with --data"),
-    "all microcontrollers": ((*WITH_GRADIENT, "--all_mcus", "true"), "all_mcus searches by a measured table: give its"),
-    "missing layers": ((*WITH_GRADIENT, "--allow_missing_layers", "true"), "and a gradient misses none: leave it out"),
-    **{
-        name: ((*WITH_GRADIENT, f"--{name}", 3), f"{name} is 3, but by the gradient alone the best scheme is computed, "
-               f"not searched for: leave --{name} out, or train schemes with --fitness accuracy")
-        for name in ("evaluations", "population", "finalists")
-    },
-    "depth 0": ((*WITH_GRADIENT, "--base_depth", 0), "base_depth is 0: give 1 or more"),
-    "depth 52": ((*WITH_GRADIENT, "--base_depth", 52), "base_depth is 52: give no more than the 51 convolutions"),
-    "no samples": ((*WITH_GRADIENT, "--choice_samples", 0), "choice_samples is 0: give 1 or more"),
-    "multiple 0": (("--channel_multiple", 0), "channel_multiple is 0: give 1 or more"),
-    "unknown level": (("--level", "channel"), "level is .*channel.*: give one of 'sub_tensor', 'layer'"),
-    "depth of a table": (("--base_depth", 9), "base_depth is 9, but a table brings its own: leave it out, or --con"),
-    "samples of a table": (("--choice_samples", 9), "choice_samples is 9, but a table brings its own: leave it out"),
-    "a file of that name": (("--contributions", "./gradient"), "gradient: the file cannot be read: No such"),
-    "too small": ((*WITH_GRADIENT, "--budget_kib", 0.01), "budget_bytes is 10 of extra memory, but the smallest sch"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", GRADIENT_MISTAKES)
-def test_wrong_input_of_a_gradient(mistake, refuse):
-    changes, message = GRADIENT_MISTAKES[mistake]
-    error = refuse(*changes)
-    assert re.search(message, error), error
 
 
 # ---- all microcontrollers
@@ -869,12 +866,6 @@ def test_all_mcus_have_a_scheme_within_their_budget(all_mcus):
         assert rows[name]["budget_bytes"] == MICROCONTROLLERS[name].budget_bytes
         assert rows[name]["score"] <= rows[name]["optimum_score"] + 1e-12
     assert 0 < len(fitting) < len(rows)
-
-
-def test_all_mcus_are_not_resumed(all_mcus, small, command):
-    ended = command(RECIPE, *small[: small.index("--memory")], "--all_mcus", "--resume", "--out_dir", all_mcus)
-    assert ended.status == 2
-    assert "is not resumed: leave --resume out" in ended.errors
 
 
 def test_mcus_that_are_too_small_are_told_the_resolution_that_would_do(all_mcus):
@@ -953,36 +944,24 @@ def test_offline_run_of_a_computed_scheme(command, offline_run, by_gradient, mon
 # ---- wrong input
 
 
+# one of each kind; all that a plan refuses is in search/test_plan.py
 MISTAKES = {
     "missing table": (("--contributions", "nowhere.csv"), r"nowhere\.csv: the file cannot be read: No such"),
-    "no extra memory without budget": (("--budget_kib", "null"), "give --budget_kib, or --memory peak"),
-    "two budgets": (("--mcu", "stm32f746"), "a microcontroller and budget_kib are two budgets: give one of them"),
-    "budget 0": (("--budget_kib", 0), r"budget_kib is 0\.0: give a positive number of kibibytes"),
-    "budget negative": (("--budget_kib", -1), r"budget_kib is -1\.0: give a positive number of kibibytes"),
-    "budget NaN": (("--budget_kib", ".nan"), "budget_kib is nan: give a positive number of kibibytes"),
-    "budget NaN in words": (("--budget_kib", "nan"), "budget_kib is nan: give a number"),
-    "budget infinite": (("--budget_kib", ".inf"), "budget_kib is inf: give a positive number of kibibytes"),
+    "a file of that name": (("--contributions", "./gradient"), "gradient: the file cannot be read: No such"),
+    "options that contradict": (("--mcu", "stm32f746"), "a microcontroller and budget_kib are two budgets: give one"),
     "budget in words": (("--budget_kib", "much"), "budget_kib is much: give a number"),
-    "accuracy of what": (("--fitness", "accuracy"), "fitness accuracy trains every scheme: say on what with --data"),
-    "finalists of what": (("--finalists", 4), "the finalists are trained: say on what with --data, or give --final"),
-    "finalists negative": (("--finalists", -1), "finalists is -1: give 0 or more"),
-    "no evaluations": (("--evaluations", 0), "evaluations is 0: give 1 or more"),
-    "no population": (("--population", 0), "population is 0: give 1 or more"),
-    "no trial seeds": (("--trial_seeds", 0), "trial_seeds is 0: give 1 or more"),
-    "no final seeds": (("--final_seeds", 0), "final_seeds is 0: give 1 or more"),
-    "no processes": (("--processes", 0), "processes is 0: give 1 or more"),
-    "no steps": (("--steps", 0, "--fitness", "accuracy", "--data", "digits"), "steps is 0: give 1 or more"),
     "unknown memory": (("--memory", "flash"), "memory is .*flash.*: give one of 'peak', 'extra'"),
-    "unknown fitness": (("--fitness", "luck"), "fitness is .*luck.*: give one of 'table', 'accuracy'"),
     "unknown data": (("--data", "mnist"), "data is .*mnist.*: give one of .*digits"),
     "unknown data option": (("--data", "digits", "--data_options", '{"colour": 1}'), "digits has no option 'colour'"),
-    "all by accuracy": (("--all_mcus", "true", "--fitness", "accuracy", "--data", "digits"), "give --fitness table"),
+    "no steps": (("--steps", 0, "--fitness", "accuracy", "--data", "digits"), "steps is 0: give 1 or more"),
     "width 0": (("--width", 0), "width .*0"),
     "no classes": (("--num_classes", 0), "num_classes .*0"),
     "no channels": (("--in_channels", 0), "in_channels .*0"),
-    "resolution 0": (("--resolution", 0), "resolution is 0: give 1 or more"),
     "unknown option": (("--epochs", 3), "epochs"),
     "nothing to resume": (("--resume",), "there is no run in out: start it without --resume"),
+    "a gradient of nothing": (("--contributions", "gradient"), "a gradient is that of training samples: say of what"),
+    "a gradient too deep": ((*WITH_GRADIENT, "--base_depth", 52), "base_depth is 52: give no more than the 51 convol"),
+    "a gradient too small": ((*WITH_GRADIENT, "--budget_kib", 0.01), "budget_bytes is 10 of extra memory, but the sm"),
 }  # fmt: skip
 
 
@@ -1010,55 +989,24 @@ def test_wrong_input(mistake, refuse):
     assert re.search(message, error), error
 
 
-def with_peak_memory(*changes):
-    """Changes to a search by extra memory that make it one for a microcontroller."""
-    return ("--memory", "peak", "--budget_kib", "null", *changes)
+@pytest.fixture
+def table_with_a_gap(small_table, tmp_path):
+    """A table that lacks an expanding convolution."""
+    lines = small_table.read_text().splitlines(keepends=True)
+    (tmp_path / "gap.csv").write_text("".join(line for line in lines if "features.15" not in line))
+    return tmp_path / "gap.csv"
 
 
-def test_unknown_microcontroller(refuse):
-    error = refuse(*with_peak_memory("--mcu", "stm32h74"))
-    assert error.startswith("unknown microcontroller 'stm32h74' (did you mean stm32h743?): known are stm32f746, ")
+def test_bad_table(refuse, table_with_a_gap):
+    """What else may be wrong with a table is in tests/modules/search/test_contributions.py."""
+    error = refuse("--contributions", "gap.csv")
+    missing = "missing layers: the contribution table has no weight rows of features.15.conv.0.0: measure them, "
+    assert error.startswith(f"gap.csv: {missing}")
+    assert error.endswith("--allow_missing_layers\n")
 
 
-def rows_with(change):
-    """The lines of a table, changed."""
-
-    def rewrite(small_table, path):
-        lines = list(csv.reader(small_table.open(newline="")))
-        with path.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(change(lines))
-        return path
-
-    return rewrite
-
-
-GAIN, LAYER = 4, 2
-BAD_TABLES = {
-    "NaN": (lambda lines: [*lines[:4], [*lines[4][:GAIN], "nan", *lines[4][GAIN + 1 :]], *lines[5:]],
-            r"line 5: gain is nan: give a finite number$"),
-    "duplicate row": (lambda lines: [*lines, lines[-1]],
-                      r"line \d+: ratio 1\.0 of features\.17\.conv\.0\.0 is already in line \d+: keep one$"),
-    "foreign layer": (lambda lines: [[cell.replace("features.15", "features.99") for cell in line] for line in lines],
-                      r"layer features\.99\.conv\.0\.0 of the contribution table is no convolution of the network"),
-    "missing layer": (lambda lines: [line for line in lines if "features.15" not in line[LAYER]],
-                      r"missing layers: the contribution table has no weight rows of features\.15\.conv\.0\.0: measure "
-                      r"them, .*--allow_missing_layers$"),
-    "unfinished": (lambda lines: lines[:-1], r"layer features\.17\.conv\.0\.0 lacks ratio 1\.0, which others have"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BAD_TABLES)
-def test_bad_table(kind, refuse, small_table, tmp_path):
-    change, message = BAD_TABLES[kind]
-    rows_with(change)(small_table, tmp_path / "bad.csv")
-    error = refuse("--contributions", "bad.csv")
-    assert error.startswith("bad.csv: ")
-    assert re.search(message, error.strip()), error
-
-
-def test_missing_layers_can_be_allowed(small, small_table, tmp_path):
-    table = rows_with(BAD_TABLES["missing layer"][0])(small_table, tmp_path / "without.csv")
-    words = (*small, "--contributions", table, "--allow_missing_layers", "true", "--evaluations", 40)
+def test_missing_layers_can_be_allowed(small, table_with_a_gap, tmp_path):
+    words = (*small, "--contributions", table_with_a_gap, "--allow_missing_layers", "true", "--evaluations", 40)
     found = call(*words, "--out_dir", tmp_path / "out")
     assert found.scheme.weights
     assert "features.15.conv.0.0" not in found.scheme.weights
@@ -1079,11 +1027,12 @@ def test_budget_that_no_scheme_can_meet(memory, refuse, small, tmp_path):
 
 def test_microcontroller_that_no_scheme_fits(refuse, small, tmp_path):
     """The error says the resolution that would do, and it does."""
-    error = refuse(*with_peak_memory("--mcu", "stm32f411", "--resolution", 128))
+    peak = ("--memory", "peak", "--budget_kib", "null", "--mcu", "stm32f411")
+    error = refuse(*peak, "--resolution", 128)
     assert error.startswith("stm32f411 has 96.0 KiB for a training step, but even the classifier alone needs ")
     resolution = re.search(r" at 128 px; .*: give --resolution (\d+)\n$", error)[1]
-    words = with_peak_memory("--mcu", "stm32f411", "--resolution", resolution, "--evaluations", 5)
-    found = call(*small, *words, "--out_dir", tmp_path / "smaller")
+    words = (*small, *peak, "--resolution", resolution, "--evaluations", 5)
+    found = call(*words, "--out_dir", tmp_path / "smaller")
     assert found.report["memory_bytes"] <= found.report["budget_bytes"] == 96 * 1024
 
 
@@ -1107,18 +1056,10 @@ def resumed_with_error(command, words, out_dir, *changes):
     return ended.errors.removeprefix(f"{RECIPE}.py: error: ")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (("--seed", 1), "was started with seed 0, not 1: resume it with --config "),
-        (("--evaluations", 801), "was started with evaluations 800, not 801: resume it with --config "),
-        (("--budget_kib", 90), r"was started with budget_kib 60\.0, not 90\.0: resume it with --config "),
-    ],
-)
-def test_another_search_in_the_folder(changes, message, stopped, command, words_of):
+def test_another_search_in_the_folder(stopped, command, words_of):
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
-    error = resumed_with_error(command, words_of["table"], stopped, *changes)
-    assert re.search(message, error), error
+    error = resumed_with_error(command, words_of["table"], stopped, "--budget_kib", 90)
+    assert "was started with budget_kib 60.0, not 90.0: resume it with --config " in error
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
 
 
@@ -1132,9 +1073,8 @@ def test_table_that_was_changed_meanwhile(stopped, command, words_of, tmp_path):
     assert str(table) in error
 
 
-@pytest.mark.parametrize("content", [b"", b'{"generation": 3, "popu', b"[]", b"{}", b"\xff\xfe\x00"])
-def test_damaged_state(content, stopped, command, words_of):
-    (stopped / "search.json").write_bytes(content)
+def test_damaged_state(stopped, command, words_of):
+    (stopped / "search.json").write_bytes(b'{"generation": 3, "popu')
     error = resumed_with_error(command, words_of["table"], stopped)
     expected = f"{stopped / 'search.json'} cannot be read, it was damaged: remove it to begin the search again\n"
     assert error == expected
