@@ -1,13 +1,16 @@
 """What several tests need."""
 
+import gc
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from microtune.modules.int8.files import tensor_shapes
@@ -22,6 +25,39 @@ from microtune.modules.int8.graph import (
 # the networks of the tests are small, and two busy jobs of two threads each slow one another many times
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish():
+    # what the imports and the collected tests hold stays: the collector need not go through it again and again
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Fills a folder once for all workers of pytest-xdist: ``made_once("cifar", write)`` calls ``write(folder)``.
+
+    It is for every test to read and for none to change.
+    """
+    common = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        common = common.parent
+
+    def make(name, write):
+        folder, made = common / name, common / f"{name}.made"
+        with FileLock(common / f"{name}.lock"):
+            if not made.exists():
+                folder.mkdir()
+                write(folder)
+                made.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -44,52 +80,60 @@ def write_cifar(folder: Path, files: list[str], images: int, num_classes: int, k
 
 
 @pytest.fixture(scope="session")
-def tiny_cifar(tmp_path_factory) -> Path:
+def tiny_cifar(made_once) -> Path:
     """A folder in CIFAR-10's layout: 100 training and 20 test images."""
-    data_dir = tmp_path_factory.mktemp("cifar")
-    folder = data_dir / "cifar-10-batches-py"
-    write_cifar(folder, [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"], 20, 10, "labels")
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
-    return data_dir
+
+    def write(data_dir):
+        folder = data_dir / "cifar-10-batches-py"
+        write_cifar(folder, [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"], 20, 10, "labels")
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+
+    return made_once("cifar", write)
 
 
 @pytest.fixture(scope="session")
-def tiny_cifar100(tmp_path_factory) -> Path:
+def tiny_cifar100(made_once) -> Path:
     """A folder in CIFAR-100's layout: 200 training and 200 test images."""
-    data_dir = tmp_path_factory.mktemp("cifar100")
-    folder = data_dir / "cifar-100-python"
-    write_cifar(folder, ["train", "test"], 200, 100, "fine_labels")
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
-    return data_dir
+
+    def write(data_dir):
+        folder = data_dir / "cifar-100-python"
+        write_cifar(folder, ["train", "test"], 200, 100, "fine_labels")
+        (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+
+    return made_once("cifar100", write)
 
 
 @pytest.fixture(scope="session")
-def tiny_images(tmp_path_factory) -> Path:
+def tiny_images(made_once) -> Path:
     """A folder of three classes with 20 images each."""
-    data_dir = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("blue", "green", "red")):
-        (data_dir / name).mkdir()
-        for number in range(20):
-            pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
-            pixels[..., 2 - label] += 150
-            Image.fromarray(pixels).save(data_dir / name / f"{number:02}.png")
-    return data_dir
+
+    def write(data_dir):
+        rng = np.random.default_rng(0)
+        for label, name in enumerate(("blue", "green", "red")):
+            (data_dir / name).mkdir()
+            for number in range(20):
+                pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 150
+                Image.fromarray(pixels).save(data_dir / name / f"{number:02}.png")
+
+    return made_once("pictures", write)
 
 
 @pytest.fixture(scope="session")
-def tiny_imagenet(tmp_path_factory) -> Path:
+def tiny_imagenet(made_once) -> Path:
     """Folders train/ and val/ with three of ImageNet's classes, 12 and 4 images each."""
-    data_dir = tmp_path_factory.mktemp("imagenet")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 12), ("val", 4)):
-        for label, wnid in enumerate(("n01440764", "n02099601", "n15075141")):
-            (data_dir / split / wnid).mkdir(parents=True)
-            for number in range(images):
-                pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
-                pixels[..., label] += 150
-                Image.fromarray(pixels).save(data_dir / split / wnid / f"{number:02}.JPEG")
-    return data_dir
+
+    def write(data_dir):
+        rng = np.random.default_rng(0)
+        for split, images in (("train", 12), ("val", 4)):
+            for label, wnid in enumerate(("n01440764", "n02099601", "n15075141")):
+                (data_dir / split / wnid).mkdir(parents=True)
+                for number in range(images):
+                    pixels = rng.integers(0, 100, (40, 36, 3), dtype=np.uint8)
+                    pixels[..., label] += 150
+                    Image.fromarray(pixels).save(data_dir / split / wnid / f"{number:02}.JPEG")
+
+    return made_once("imagenet", write)
 
 
 def tone(hertz: float, rng: np.random.Generator, rate_hz: int = 16_000) -> np.ndarray:
@@ -99,45 +143,50 @@ def tone(hertz: float, rng: np.random.Generator, rate_hz: int = 16_000) -> np.nd
 
 
 @pytest.fixture(scope="session")
-def tiny_speech_commands(tmp_path_factory) -> Path:
+def tiny_speech_commands(made_once) -> Path:
     """Speech Commands' layout: ten commands and another word with 6, 2 and 2 clips each for the splits, and noise."""
-    data_dir = tmp_path_factory.mktemp("speech")
-    folder = data_dir / "SpeechCommands/speech_commands_v0.02"
-    rng = np.random.default_rng(0)
-    listed = {"validation": [], "testing": []}
-    for number, word in enumerate(("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "bed")):
-        (folder / word).mkdir(parents=True)
-        for clip in range(10):
-            speaker = "aaaaaaaa" if clip < 6 else "bbbbbbbb" if clip < 8 else "cccccccc"
-            name = f"{word}/{speaker}_nohash_{clip}.wav"
-            soundfile.write(folder / name, tone(300 * (number + 1), rng), 16_000, subtype="PCM_16")
-            if clip >= 6:
-                listed["validation" if clip < 8 else "testing"].append(name)
-    for name, clips in listed.items():
-        (folder / f"{name}_list.txt").write_text("\n".join(clips) + "\n")
-    (folder / "_background_noise_").mkdir()
-    noise = rng.normal(0, 0.1, 12 * 16_000)
-    soundfile.write(folder / "_background_noise_/white_noise.wav", noise, 16_000, subtype="PCM_16")
-    return data_dir
+
+    def write(data_dir):
+        folder = data_dir / "SpeechCommands/speech_commands_v0.02"
+        rng = np.random.default_rng(0)
+        listed = {"validation": [], "testing": []}
+        for number, word in enumerate(("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "bed")):
+            (folder / word).mkdir(parents=True)
+            for clip in range(10):
+                speaker = "aaaaaaaa" if clip < 6 else "bbbbbbbb" if clip < 8 else "cccccccc"
+                name = f"{word}/{speaker}_nohash_{clip}.wav"
+                soundfile.write(folder / name, tone(300 * (number + 1), rng), 16_000, subtype="PCM_16")
+                if clip >= 6:
+                    listed["validation" if clip < 8 else "testing"].append(name)
+        for name, clips in listed.items():
+            (folder / f"{name}_list.txt").write_text("\n".join(clips) + "\n")
+        (folder / "_background_noise_").mkdir()
+        noise = rng.normal(0, 0.1, 12 * 16_000)
+        soundfile.write(folder / "_background_noise_/white_noise.wav", noise, 16_000, subtype="PCM_16")
+
+    return made_once("speech", write)
 
 
 @pytest.fixture(scope="session")
-def tiny_mswc(tmp_path_factory) -> Path:
+def tiny_mswc(made_once) -> Path:
     """MSWC's layout: three words each in English and Arabic, with 8 training, 2 validation and 4 test clips."""
-    data_dir = tmp_path_factory.mktemp("mswc")
-    rng = np.random.default_rng(0)
-    for language, words in (("en", ("bed", "cat", "tree")), ("ar", ("واحد", "اثنان", "ثلاثة"))):
-        rows = ["SET,LINK,WORD,VALID,SPEAKER,GENDER"]
-        for number, word in enumerate(words):
-            (data_dir / language / "clips" / word).mkdir(parents=True)
-            for clip in range(14):
-                link = f"{word}/common_voice_{language}_{clip}.opus"
-                sound = tone(500 * (number + 1) + 100 * (language == "ar"), rng, 48_000)
-                path = data_dir / language / "clips" / link
-                soundfile.write(path, sound, 48_000, format="OGG", subtype="OPUS")
-                rows.append(f"{'TRAIN' if clip < 8 else 'DEV' if clip < 10 else 'TEST'},{link},{word},True,{clip},NAN")
-        (data_dir / language / f"{language}_splits.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return data_dir
+
+    def write(data_dir):
+        rng = np.random.default_rng(0)
+        for language, words in (("en", ("bed", "cat", "tree")), ("ar", ("واحد", "اثنان", "ثلاثة"))):
+            rows = ["SET,LINK,WORD,VALID,SPEAKER,GENDER"]
+            for number, word in enumerate(words):
+                (data_dir / language / "clips" / word).mkdir(parents=True)
+                for clip in range(14):
+                    link = f"{word}/common_voice_{language}_{clip}.opus"
+                    sound = tone(500 * (number + 1) + 100 * (language == "ar"), rng, 48_000)
+                    path = data_dir / language / "clips" / link
+                    soundfile.write(path, sound, 48_000, format="OGG", subtype="OPUS")
+                    split = "TRAIN" if clip < 8 else "DEV" if clip < 10 else "TEST"
+                    rows.append(f"{split},{link},{word},True,{clip},NAN")
+            (data_dir / language / f"{language}_splits.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+    return made_once("mswc", write)
 
 
 @pytest.fixture

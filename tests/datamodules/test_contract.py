@@ -249,10 +249,10 @@ def test_trials_train_on_what_was_added(checkpoint):
 
 
 def test_contributions_are_measured_on_what_was_added(checkpoint, tmp_path):
+    settings = TrialSettings(ADDED, weights=str(checkpoint), resolution=RESOLUTION, base_depth=4, steps=2)
     table = measure_contributions.main(
-        data=ADDED, weights=str(checkpoint), resolution=RESOLUTION, base_depth=4, steps=2, ratios="1", bias_depths="2",
-        seeds=1, logger="none", out_dir=tmp_path,
-    )  # fmt: skip
+        ratios="1", bias_depths="2", seeds=1, logger="none", out_dir=tmp_path, settings=settings
+    )
     assert table == ContributionTable.load(tmp_path / "contributions.csv")
     assert len(table.rows) > 1
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import logging
 import shutil
 import tarfile
@@ -79,18 +80,18 @@ def test_real_images_are_classified(shared_data):
         resolution=224,
         evaluate_only=True,
         batch_size=50,
-        num_workers=2,
         normalization=NORMALIZATION["symmetric"],
     )
     assert (data.train_samples, data.val_samples, data.test_samples) == (0, 100, 1000)
     assert files(data)[1] < files(data)[2]
     network = mobilenet_v2(head_convolution=True).eval().to(memory_format=torch.channels_last)
     load_weights(network, shared_data / "weights/mobilenet_v2-b0353104.pth")
+    batches = itertools.islice(data.test_dataloader(), 4)
     with torch.no_grad():
-        right = [network(images).argmax(1) == labels for images, labels in data.test_dataloader()]
+        right = [network(images).argmax(1) == labels for images, labels in batches]
     top1 = torch.cat(right).double().mean().item()
-    print(f"torchvision's weights, 1,000 ImageNet images, 224 px: top-1 {top1:.2%}")
-    assert top1 >= 0.81
+    print(f"torchvision's weights, 200 ImageNet images, 224 px: top-1 {top1:.2%}")
+    assert top1 >= 0.835  # all 1,000 give 81.4 %
 
 
 def test_real_images_are_prepared_as_for_the_published_accuracy(shared_data):

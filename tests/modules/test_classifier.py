@@ -99,7 +99,7 @@ def test_frozen_parameters_are_in_no_group():
     module.trainer = SimpleNamespace(estimated_stepping_batches=100)
     optimizer = module.configure_optimizers()["optimizer"]
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert [tuple(parameter.shape) for parameter in held] == [(3, module.net.last_channel), (3,)]
+    assert [tuple(parameter.shape) for parameter in held] == [(3, module.net.classifier[1].in_features), (3,)]
 
 
 # ---- training and metrics

@@ -179,13 +179,41 @@ def as_words() -> Callable[[dict[str, Any]], list[str]]:
 
 
 @pytest.fixture(scope="session")
-def finished_runs(tiny_run, tmp_path_factory) -> dict[str, Path]:
-    """The folder of a run of every training recipe that nothing interrupted."""
-    folders = {}
-    for recipe in TRAINING_RECIPES:
-        folders[recipe] = tmp_path_factory.mktemp("finished") / recipe
-        called_with(imported(recipe).main, {**tiny_run(recipe), "out_dir": folders[recipe]})
-    return folders
+def called() -> Callable[..., dict[str, Any]]:
+    """Calls ``called("train_cifar", epochs=2)``: a recipe with flat arguments, as the command line has them."""
+    return lambda recipe, **arguments: called_with(imported(recipe).main, arguments)
+
+
+@pytest.fixture(scope="session")
+def finished_once(called, made_once) -> Callable[..., Path]:
+    """The folder of a run that nothing interrupts, one for all tests: ``finished_once("name", "train_cifar", ...)``."""
+    return lambda name, recipe, **arguments: made_once(
+        name, lambda out_dir: called(recipe, **arguments, out_dir=out_dir)
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tiny_run, finished_once) -> dict[str, Path]:
+    """The folder of a finished run of every training recipe."""
+    return {recipe: finished_once(f"finished_{recipe}", recipe, **tiny_run(recipe)) for recipe in TRAINING_RECIPES}
+
+
+@pytest.fixture(scope="session")
+def unfolded_run(tiny_run, finished_once) -> Path:
+    """The folder of a finished run from scratch, with batch norm, whose width is none that is usual by default."""
+    return finished_once("unfolded", "train_cifar", **tiny_run("train_cifar") | {"scheme": "none", "width": 0.5})
+
+
+@pytest.fixture(scope="session")
+def report_of() -> Callable[[Path], dict[str, Any]]:
+    """A run's report."""
+    return lambda folder: json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of() -> Callable[[Path], dict[str, Any]]:
+    """A run's checkpoint."""
+    return lambda folder: torch.load(folder / "last.ckpt", weights_only=True)
 
 
 @pytest.fixture(scope="session")
@@ -195,14 +223,13 @@ def weights_of() -> Callable[[Path], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def scheme_file(tmp_path_factory) -> Path:
+def scheme_file(made_once) -> Path:
     """A scheme like the paper's of 99 KiB: the expanding convolutions of the last eight blocks."""
     convolutions = find_operations(mobilenet_v2(0.35, num_classes=10), (3, 32, 32)).convolutions
     ratios = {27: 1, 30: 1, 33: 1, 36: 1, 39: 1, 42: 0.125, 45: 0.5, 48: 1}
     weights = {convolutions[index].name: ratio for index, ratio in ratios.items()}
-    path = tmp_path_factory.mktemp("scheme") / "scheme_99kb.json"
-    UpdateScheme("mobilenet_v2-w0.35", 25, weights).save(path)
-    return path
+    scheme = UpdateScheme("mobilenet_v2-w0.35", 25, weights)
+    return made_once("scheme", lambda folder: scheme.save(folder / "scheme_99kb.json")) / "scheme_99kb.json"
 
 
 @pytest.fixture(scope="session")
@@ -229,7 +256,7 @@ def interrupt(monkeypatch) -> Callable[..., None]:
     def at(epoch: int, exception: BaseException | type[BaseException] | None = None) -> None:
         def training_step(module, batch, batch_index):
             if module.current_epoch == epoch and batch_index == 1:
-                monkeypatch.undo()
+                monkeypatch.setattr(Classifier, "training_step", original)
                 raise exception or RuntimeError("interrupted by the test")
             return original(module, batch, batch_index)
 

@@ -32,7 +32,7 @@ from microtune.modules.int8.post_training_quantization import (
     weight_scales,
 )
 from microtune.modules.networks.batch_norm_folding import fold_batch_norm
-from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
+from microtune.modules.networks.mobilenet_v2 import InvertedResidual, mobilenet_v2
 from microtune.modules.networks.pretrained_weights import NORMALIZATION, load_weights
 from microtune.modules.user_error import UserError
 
@@ -204,7 +204,7 @@ def test_the_graph_is_that_of_the_network(case):
     for layer, module in zip(described, modules, strict=True):
         assert layer.weight_shape == tuple(module.weight.shape)
         assert (layer.stride, layer.groups) == (module.stride, module.groups)
-    adds = [block.use_res_connect for block in network.features if hasattr(block, "use_res_connect")]
+    adds = [block.adds_input for block in network.features if isinstance(block, InvertedResidual)]
     assert [block.addition is not None for block in graph.blocks] == adds
     assert graph.blocks[0].pointwise1 is None
 

@@ -12,7 +12,6 @@ from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import extra_memory_bytes, flash_bytes
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.contributions import Contribution, ContributionTable
-from microtune.modules.search.random_search import random_search
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
@@ -327,37 +326,3 @@ def test_other_mistakes_are_named():
     without_base = ContributionTable(tuple(row for row in table.rows if row.kind == "weight" or row.bias_depth < 8))
     with pytest.raises(UserError, match="lies outside its deepest bias row, 4: measure bias depth 8 too"):
         SearchProblem("x", PeakMemory(MOBILENET), without_base, 1e9)
-    with pytest.raises(UserError, match="evaluations is 0: give 1 or more"):
-        random_search(PROBLEMS["mobilenet", "peak", 0.4], 0, seed=0)
-
-
-@pytest.mark.parametrize("memory", ["peak", "extra"])
-@pytest.mark.parametrize("blind", [False, True])
-def test_random_search_keeps_the_best(memory, blind):
-    problem = PROBLEMS["mobilenet", memory, 0.4]
-    result = random_search(problem, 40, seed=3, blind=blind)
-    assert result.evaluations == len(result.best_scores) == 40
-    assert result.best_scores == sorted(result.best_scores)
-    assert result.score == result.best_scores[-1] == problem.score(result.genome)
-    assert problem.fits(result.genome)
-    assert result == random_search(problem, 40, seed=3, blind=blind)
-    assert result.best_scores[:10] == random_search(problem, 10, seed=3, blind=blind).best_scores
-
-
-def test_filling_beats_throwing_out():
-    problem = PROBLEMS["mobilenet", "peak", 0.4]
-    assert random_search(problem, 40, seed=0).score > random_search(problem, 40, seed=0, blind=True).score
-
-
-def test_random_search_takes_another_score():
-    problem = PROBLEMS["mobilenet", "peak", 0.4]
-    seen = []
-
-    def fewest_updates(genome):
-        seen.append(genome)
-        return -sum(genome)
-
-    result = random_search(problem, 30, seed=0, score=fewest_updates)
-    assert result.score == max(-sum(genome) for genome in seen)
-    assert len(seen) == 30
-    assert all(problem.fits(genome) for genome in seen)
