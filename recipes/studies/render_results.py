@@ -1,15 +1,14 @@
 """Makes the tables and pictures of the results from CSV, and says which rows are missing.
 
-    uv run recipes/studies/render_results.py --results recipes/results/results.csv --out_dir recipes/results \\
-        --readme README.md
+    uv run recipes/studies/render_results.py --results recipes/results/results.csv \\
+        --selection recipes/results/channel_selection.csv --out_dir recipes/results
 
 Takes seconds and trains nothing. A row is one training, as ``compare_trainings.py`` writes it: ``Result`` in
 ``result_rows.py`` says what its columns are. ``--results`` are those of the ways of ``ways/methods.json``,
 ``--selection`` those of ``ways/channel_selection.json``. ``OUT_DIR/results.md`` has the tables, and shows the pictures
-beside it; ``--readme`` also puts the tables between two lines of another file.
+beside it.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,7 +39,6 @@ from microtune.recipes.studies.result_tables import (
 from microtune.recipes.training.command_line import listed, run_recipe
 
 SEARCHED = [method for method in METHODS if method not in ("full", "last_layers", "biases")]
-BEGIN, END = "<!-- results: made by recipes/studies/render_results.py -->", "<!-- end of results -->"
 
 
 def main(
@@ -48,7 +46,6 @@ def main(
     out_dir: Path,
     selection: Path | None = None,
     schemes: str | None = None,
-    readme: Path | None = None,
 ) -> None:
     """Makes the tables and pictures of the results from CSV, and says which rows are missing.
 
@@ -58,7 +55,6 @@ def main(
         selection: CSV with a row for each training that compares criteria for channels.
         schemes: Schemes to draw, such as cifar10-extra64-one_pass=scheme.json, separated by commas; by default those
             in OUT_DIR/schemes that were searched for, as cifar10-extra64-one_pass.json.
-        readme: File whose tables are replaced: those between the two lines that mark them.
 
     Raises:
         UserError: A file is missing or not what it should be.
@@ -69,17 +65,10 @@ def main(
         raise UserError(f"{results} has no rows: give the results of at least one training")
     of_selection = [] if selection is None else read_rows(selection, Result, check_choice)
     drawn = load_schemes(scheme_files(schemes, out_dir / "schemes"))
-    text = None if readme is None else read_marked(readme)
     pictures = draw_all(rows, of_selection, drawn, out_dir)
     with whole_file(out_dir / "results.md") as partial:
         partial.write_text(f"## Results\n\n{results_in_markdown(rows, of_selection, pictures)}", encoding="utf-8")
     print(f"tables: {out_dir / 'results.md'}; pictures: {', '.join(pictures)}")
-    if text is not None:
-        page = os.path.relpath(out_dir / "results.md", readme.parent)
-        tables = f"{results_in_markdown(rows, of_selection)}\nPictures of these: [{page}]({page}).\n"
-        with whole_file(readme) as partial:
-            partial.write_bytes(with_tables(text, tables).encode())
-        print(f"tables: {readme}")
     missing = missing_rows(rows) + missing_selection_rows(of_selection)
     for line in missing:
         print(f"missing: {line}")
@@ -197,42 +186,6 @@ def load_schemes(files: dict[str, Path]) -> list[NamedScheme]:
             )
         schemes.append(NamedScheme(*parts, UpdateScheme.load(file)))
     return schemes
-
-
-def read_marked(file: Path) -> str:
-    """The text of a file with the two lines that mark its tables.
-
-    Raises:
-        UserError: It cannot be read, or does not have each of them once, in this order.
-    """
-    try:
-        text = file.read_bytes().decode()  # not read_text, which would change the ends of lines
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: this is a binary file: give Markdown") from error
-    lines = text.splitlines()
-    for mark in (BEGIN, END):
-        if lines.count(mark) != 1:
-            raise UserError(
-                f"{file} has the line {mark} {lines.count(mark)} times: the tables go between "
-                f"{BEGIN} and {END}, give each once"
-            )
-    if lines.index(BEGIN) > lines.index(END):
-        raise UserError(f"{file} has the line {END} before {BEGIN}: give them the other way round")
-    return text
-
-
-def with_tables(text: str, tables: str) -> str:
-    """The text with other tables between the two lines that mark them, as ``read_marked`` gives it.
-
-    Example::
-
-        with_tables(read_marked(Path("README.md")), "| method |\\n| --- |\\n")
-    """
-    lines = text.splitlines(keepends=True)
-    begin, end = ([line.rstrip("\r\n") for line in lines].index(mark) for mark in (BEGIN, END))
-    return "".join([*lines[: begin + 1], f"\n{tables}\n", *lines[end:]])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from microtune.recipes.studies.seeded_trainings import Case
 from microtune.recipes.studies.study import Study, trainings_of
 from microtune.recipes.studies.transfer_tasks import TransferTask
 from microtune.recipes.studies.ways import Way, load_ways
+from microtune.recipes.training.command_line import called_with
 from microtune.recipes.training.networks import describe_network
 
 RECIPE = "compare_trainings"
@@ -214,10 +215,10 @@ def test_training_is_that_of_the_training_recipe(
     changes = {"weights": weights, "ways": f"evolved={evolved_file}" if way == "evolved" else way, "batch_size": 30}
     compare_trainings.main(**arguments | changes, out_dir=tmp_path / "out")
     scheme = tmp_path / f"out/schemes/cifar10-{'none' if way == 'classifier' else 'extra100'}-{way}.json"
-    report = train_cifar.main(
-        data_dir=arguments["data_dir"], weights=weights, resolution=32, epochs=2, batch_size=30, seed=1,
-        scheme=str(scheme), learning_rate=0.1, logger="none", out_dir=tmp_path / "run",
-    )  # fmt: skip
+    report = called_with(train_cifar.main, {
+        "data_dir": arguments["data_dir"], "weights": weights, "resolution": 32, "epochs": 2, "batch_size": 30,
+        "seed": 1, "scheme": str(scheme), "learning_rate": 0.1, "logger": "none", "out_dir": tmp_path / "run",
+    })  # fmt: skip
     _, row = rows_of(tmp_path / "out")
     assert (report["top1"], report["val_top1"]) == (pytest.approx(row.top1), pytest.approx(row.val_top1))
     whole = torch.load(tmp_path / "run/last.ckpt", weights_only=True)["state_dict"]

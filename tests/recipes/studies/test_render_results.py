@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -11,14 +12,10 @@ from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.studies.render_results import (
-    BEGIN,
-    END,
     load_schemes,
     main,
-    read_marked,
     results_in_markdown,
     scheme_files,
-    with_tables,
 )
 from microtune.recipes.studies.result_rows import Result
 
@@ -34,21 +31,20 @@ NAME = "cifar10-extra64-sub_tensor"
 
 @pytest.fixture
 def files(tmp_path):
-    """Two CSV files with a row each, a scheme where it is looked for, and a README."""
+    """Two CSV files with a row each, and a scheme where it is looked for."""
     write_rows(tmp_path / "results.csv", [BASE], Result)
     write_rows(tmp_path / "selection.csv", [CHOSEN], Result)
     SCHEME.save(tmp_path / f"out/schemes/{NAME}.json")
-    (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}\nold tables\n{END}\n\nThe end")
     return tmp_path
 
 
 def test_everything_is_made(files, command):
     words = ("--results", files / "results.csv", "--out_dir", files / "out", "--selection", files / "selection.csv")
-    ended = command("render_results", *words, "--readme", files / "README.md")
+    ended = command("render_results", *words)
     assert (ended.status, ended.errors) == (0, "")
     pictures = ["accuracy_over_memory_cifar10.png", "channel_selection_cifar10.png", "updated_channels_cifar10.png"]
     assert sorted(path.name for path in (files / "out").iterdir()) == sorted([*pictures, "results.md", "schemes"])
-    page, readme = (files / "out/results.md").read_text(), (files / "README.md").read_text()
+    page = (files / "out/results.md").read_text()
     tables = results_in_markdown([BASE], [CHOSEN])
     assert all(f"]({picture})" in page for picture in pictures)
     assert page.startswith("## Results\n\nTop-1 on the test split")
@@ -57,15 +53,12 @@ def test_everything_is_made(files, command):
     ]
     assert "| biases only | **80.0** | - | - | - |" in page
     assert "| weight norm, static | **80.0** |  |" in page
-    assert readme == (
-        f"# Title\n\n{BEGIN}\n\n{tables}\nPictures of these: [out/results.md](out/results.md).\n\n{END}\n\nThe end"
-    )
     assert "missing: fp32 biases at extra64 on cifar10, seeds 1, 2\n" in ended.output
     assert ended.output.endswith("missing: mswc_arabic, all rows\n")
 
 
 def test_made_again_it_is_the_same(files):
-    arguments = {"results": files / "results.csv", "out_dir": files / "out", "readme": files / "README.md"}
+    arguments = {"results": files / "results.csv", "out_dir": files / "out"}
     main(**arguments)
     first = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
     main(**arguments)
@@ -103,14 +96,13 @@ def test_schemes_of_the_command_line_take_the_place_of_the_folder(files, command
         (["--selection", "results.csv"], "results.csv: line 2: way is 'biases': that is no choice of channels"),
         (["--results", "selection.csv"], "selection.csv: line 2: way is 'weight_norm': the tables are of full, last_"),
         (["--schemes", f"{NAME}=nowhere.json"], "nowhere.json: cannot read the update scheme"),
-        (["--readme", "results.csv"], f"results.csv has the line {BEGIN} 0 times"),
     ],
 )
 def test_mistakes_leave_everything_as_it_was(words, error, files, command, monkeypatch):
     monkeypatch.chdir(files)
     write_rows("empty.csv", [], Result)
     before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
-    arguments = {"--results": "results.csv", "--out_dir": "out", "--readme": "README.md"} | {words[0]: words[1]}
+    arguments = {"--results": "results.csv", "--out_dir": "out"} | {words[0]: words[1]}
     ended = command("render_results", *(word for pair in arguments.items() for word in pair))
     assert (ended.status, ended.output) == (2, "")
     assert ended.errors.startswith(f"render_results.py: error: {error}")
@@ -122,43 +114,6 @@ def test_pytorch_is_not_imported_without_schemes(tmp_path):
     script = "import sys, microtune.recipes.studies.render_results; assert 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-
-
-# ---- the README
-
-
-def test_only_what_stands_between_the_lines_changes(tmp_path):
-    before, after = f"a\r\n\n{BEGIN}", f"{END}\r\nb \u2028 ü\n"
-    (tmp_path / "README.md").write_bytes(f"{before}\r\nold\n\n\n{after}".encode())
-    text = read_marked(tmp_path / "README.md")
-    assert with_tables(text, "new\n") == f"{before}\r\n\nnew\n\n{after}"
-    assert with_tables(with_tables(text, "newer\n"), "new\n") == with_tables(text, "new\n")
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        (f"{BEGIN}\n", f"has the line {END} 0 times: the tables go between {BEGIN} and {END}, give each once"),
-        (f"{END}\n", f"has the line {BEGIN} 0 times: "),
-        (f"{BEGIN}\n{BEGIN}\n{END}\n", f"has the line {BEGIN} 2 times: "),
-        (f"{BEGIN}\n{END}\n{END}\n", f"has the line {END} 2 times: "),
-        (f"> {BEGIN}\n{END}\n", f"has the line {BEGIN} 0 times: "),
-        (f"{END}\n{BEGIN}\n", f"has the line {END} before {BEGIN}: give them the other way round"),
-    ],
-)
-def test_lines_that_mark_the_tables(text, error, tmp_path):
-    (tmp_path / "README.md").write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_marked(tmp_path / "README.md")
-    assert str(caught.value).startswith(f"{tmp_path / 'README.md'} {error}")
-
-
-def test_readme_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match=r"README.md: cannot be read: No such file or directory"):
-        read_marked(tmp_path / "README.md")
-    (tmp_path / "README.md").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(UserError, match=r"README.md: this is a binary file: give Markdown"):
-        read_marked(tmp_path / "README.md")
 
 
 # ---- schemes by name
@@ -227,10 +182,28 @@ def test_name_says_what_a_scheme_is_for(name):
     )
 
 
-def test_the_tables_of_the_readme_are_those_of_the_committed_results():
+def test_committed_tables_are_those_of_the_committed_results():
     """Whoever changes a CSV, or how a table looks, renders them again."""
     rows = read_rows(ROOT / "recipes/results/results.csv", Result)
     of_selection = read_rows(ROOT / "recipes/results/channel_selection.csv", Result)
-    text = (ROOT / "README.md").read_text()
-    between = text.split(f"{BEGIN}\n")[1].split(f"{END}\n")[0]
-    assert results_in_markdown(rows, of_selection) in between
+    text = (ROOT / "recipes/results/results.md").read_text()
+    tables = results_in_markdown(rows, of_selection).splitlines()
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        line for line in tables if line.startswith("|")
+    ]
+
+
+def test_table_of_the_readme_is_of_the_committed_results():
+    rows = read_rows(ROOT / "recipes/results/results.csv", Result)
+    lines = (ROOT / "README.md").read_text().split("| updated | CIFAR-10 |")[1].splitlines()[2:8]
+    ways = ("last_layers", "biases", "layers", "sub_tensor", "one_pass", "full")
+    for way, line in zip(ways, lines, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+        for data, cell in zip(("cifar10", "flowers17", "speech_commands", "mswc_arabic"), cells, strict=True):
+            budget = "none" if way == "full" else "extra64"
+            found = [
+                100 * row.top1
+                for row in rows
+                if (row.data, row.way, row.budget, row.numbers) == (data, way, budget, "fp32")
+            ]
+            assert cell == f"{mean(found):.1f} ± {stdev(found):.1f}", (way, data)
