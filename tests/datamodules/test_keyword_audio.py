@@ -117,6 +117,17 @@ def test_spectrograms_equal_a_slow_computation(clips, n_mels, hop_ms):
     np.testing.assert_allclose(spectrograms[:, 0].numpy(), expected, atol=2e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmented", [False, True])
+def test_spectrograms_on_a_gpu_are_those_of_a_cpu(clips, recordings, augmented):
+    batch = batch_of(clips, uniform(7) if augmented else None)
+    on_cpu, labels = KeywordFrontEnd(noise=recordings)(batch)
+    on_gpu, labels_there = KeywordFrontEnd(noise=recordings)(tuple(part.cuda() for part in batch))
+    assert on_gpu.is_cuda
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-3)
+    assert torch.equal(labels_there.cpu(), labels)
+
+
 def test_a_tone_is_in_its_band_at_its_time():
     clip = np.zeros(CLIP_SAMPLES)
     clip[8000:12_000] = 10_000 * np.sin(2 * np.pi * 1000 * np.arange(4000) / 16_000)

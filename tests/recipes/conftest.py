@@ -1,5 +1,6 @@
 """Recipes called as from the command line."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -11,7 +12,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from wandb.proto import wandb_internal_pb2
 
 from microtune.modules.classifier import Classifier
+from microtune.modules.int8.files import write_quantized_network
 from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.contributions import Contribution, ContributionTable
@@ -47,7 +48,7 @@ def imported(recipe: str) -> ModuleType:
     return importlib.import_module(".".join(("microtune", *file_of(recipe).relative_to(ROOT).with_suffix("").parts)))
 
 
-@dataclass
+@dataclasses.dataclass
 class Ended:
     """How a recipe ended: its exit status, and what it printed."""
 
@@ -230,6 +231,22 @@ def scheme_file(made_once) -> Path:
     weights = {convolutions[index].name: ratio for index, ratio in ratios.items()}
     scheme = UpdateScheme("mobilenet_v2-w0.35", 25, weights)
     return made_once("scheme", lambda folder: scheme.save(folder / "scheme_99kb.json")) / "scheme_99kb.json"
+
+
+@pytest.fixture
+def write_network(small_graph, small_tensors, tmp_path) -> Callable[..., Path]:
+    """Writes the small int8 network for the data of a recipe, perhaps with changes of its graph; returns its file."""
+
+    def write(recipe, **changes):
+        graph, tensors = small_graph, small_tensors
+        if recipe in ("train_mswc", "train_speech_commands"):
+            one_channel = dataclasses.replace(graph.first_conv, in_channels=1)
+            changes |= {"input_shape": (1, 97, 40), "normalization": None, "first_conv": one_channel}
+            tensors = tensors | {"first_conv.weight": tensors["first_conv.weight"][:, :1].contiguous()}
+        write_quantized_network(tmp_path / "small.safetensors", dataclasses.replace(graph, **changes), tensors)
+        return tmp_path / "small.safetensors"
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,7 @@
 """Every training recipe trains an int8 network, says how, and leaves one; what does not suit it is refused."""
 
 import dataclasses
-import importlib
-import json
 import logging
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +10,11 @@ import yaml
 
 from microtune.datamodules.cifar import CIFAR
 from microtune.modules.classifier import Classifier
-from microtune.modules.int8.files import read_quantized_network, write_quantized_network
+from microtune.modules.int8.files import read_quantized_network
 from microtune.modules.int8.graph import Quantization
 from microtune.modules.int8.network import QuantizedNetwork, load_quantized_tensors
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.training.command_line import called_with
 from microtune.recipes.training.networks import describe_network
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("train_*.py"))
@@ -31,45 +26,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
-def main_of(recipe):
-    """The recipe, to be called with flat arguments as the command line has them."""
-    main = importlib.import_module(f"microtune.recipes.{recipe}").main
-    return lambda **arguments: called_with(main, arguments)
-
-
-def read_report(folder):
-    return json.loads((folder / "report.json").read_text())
-
-
 def integers(state):
     """The weights and biases of convolutions in a checkpoint."""
     return {name: value for name, value in state.items() if "scales" not in name and "classifier" not in name}
 
 
 @pytest.fixture
-def write_network(small_graph, small_tensors, tmp_path):
-    """Writes the small int8 network for the data of a recipe, perhaps with changes of its graph; returns its file."""
-
-    def write(recipe, **changes):
-        graph, tensors = small_graph, small_tensors
-        if recipe in SPEECH:
-            one_channel = dataclasses.replace(graph.first_conv, in_channels=1)
-            changes |= {"input_shape": (1, 97, 40), "normalization": None, "first_conv": one_channel}
-            tensors = tensors | {"first_conv.weight": tensors["first_conv.weight"][:, :1].contiguous()}
-        write_quantized_network(tmp_path / "small.safetensors", dataclasses.replace(graph, **changes), tensors)
-        return tmp_path / "small.safetensors"
-
-    return write
-
-
-@pytest.fixture
-def train(tiny_run, write_network, tmp_path):
+def train(called, tiny_run, write_network, tmp_path):
     """Calls ``train("train_cifar", epochs=2)``: one epoch of the small int8 network."""
 
     def call(recipe="train_cifar", **changed):
         network = changed.pop("network", None) or write_network(recipe)
         run = tiny_run(recipe) | ONE_EPOCH | {"network": str(network), "out_dir": tmp_path / "run"}
-        return main_of(recipe)(**run | changed)
+        return called(recipe, **run | changed)
 
     return call
 
@@ -78,7 +47,7 @@ def train(tiny_run, write_network, tmp_path):
 
 
 @each_recipe
-def test_run(recipe, write_network, tiny_run, as_words, command, weights_of, caplog, tmp_path):
+def test_run(recipe, write_network, tiny_run, as_words, command, weights_of, caplog, report_of, tmp_path):
     caplog.set_level(logging.INFO)
     source, folder = write_network(recipe), tmp_path / "run"
     words = as_words(tiny_run(recipe) | ONE_EPOCH | {"network": source, "out_dir": folder})
@@ -89,7 +58,7 @@ def test_run(recipe, write_network, tiny_run, as_words, command, weights_of, cap
     assert {path.name for path in folder.iterdir()} == {
         *("config.yaml", "scheme.json", "last.ckpt", "metrics", "memory.png", "network.safetensors", "report.json")
     }
-    config, report = yaml.safe_load((folder / "config.yaml").read_text()), read_report(folder)
+    config, report = yaml.safe_load((folder / "config.yaml").read_text()), report_of(folder)
     assert (config["network"], config["weights"]) == (str(source), "none")
     assert (report["gradient_scaling"], report["weight_storage"], report["near_zero_channels"]) == (True, "in_place", 0)
 
@@ -118,14 +87,14 @@ def test_run(recipe, write_network, tiny_run, as_words, command, weights_of, cap
     ],
 )
 def test_other_ways_to_train_are_said_and_reported(
-    options, how, reported, write_network, tiny_run, as_words, command, weights_of, caplog, tmp_path
+    options, how, reported, write_network, tiny_run, as_words, command, weights_of, caplog, report_of, tmp_path
 ):
     caplog.set_level(logging.INFO)
     source, folder = write_network("train_cifar"), tmp_path / "run"
     words = as_words(tiny_run("train_cifar") | ONE_EPOCH | {"network": source, "out_dir": folder} | options)
     assert command("train_cifar", *words).status == 0
     assert f"the int8 network is trained {how} quantization-aware scaling, its weights {reported}" in caplog.messages
-    report, is_scaled = read_report(folder), how == "with"
+    report, is_scaled = report_of(folder), how == "with"
     assert (report["gradient_scaling"], report["weight_storage"]) == (is_scaled, reported)
     assert ("near_zero_channels" in report) is is_scaled
 
@@ -264,28 +233,6 @@ def test_resumed_run_ends_as_one_never_stopped(storage, train, interrupt, weight
         assert torch.equal(one[name], other[name]), name
     names = ("whole/network.safetensors", "run/network.safetensors")
     assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
-
-
-def test_killed_run_ends_as_one_never_killed(train, write_network, tiny_run, as_words, start_recipe, tmp_path):
-    options, folder = {"epochs": 8}, tmp_path / "killed"
-    run = tiny_run("train_cifar") | ONE_EPOCH | {"network": write_network("train_cifar"), "out_dir": folder}
-    child = start_recipe("train_cifar", *as_words(run | options))
-    try:
-        waited_until = time.monotonic() + 100
-        while not (folder / "last.ckpt").exists():
-            assert child.poll() is None, child.stderr.read()
-            assert time.monotonic() < waited_until
-            time.sleep(0.002)
-    finally:
-        child.kill()  # SIGKILL
-        _, errors = child.communicate()
-    assert child.returncode == -signal.SIGKILL
-    assert "the int8 network is trained with quantization-aware scaling, its weights in_place\n" in errors
-    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] < 7
-    train(**options, out_dir=folder, resume=True)
-    train(**options, out_dir=tmp_path / "whole")
-    networks = [(one / "network.safetensors").read_bytes() for one in (folder, tmp_path / "whole")]
-    assert networks[0] == networks[1]
 
 
 def test_resume_with_the_other_storage_is_refused(train, interrupt, tiny_run, as_words, command, tmp_path):

@@ -1,7 +1,6 @@
 """The recipe for spoken words: which words it learns, of which data, and what it measures to be forgotten."""
 
 import csv
-import json
 import re
 import shutil
 import tarfile
@@ -13,16 +12,11 @@ import yaml
 from microtune.datamodules.mswc import MSWC
 from microtune.datamodules.speech_commands import SpeechCommands
 from microtune.modules.classifier import Classifier
-from microtune.recipes import train_mswc, train_speech_commands
-from microtune.recipes.training.command_line import called_with
+from microtune.recipes import train_mswc
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 FORGETTING = {"earlier_top1_before", "earlier_top1_after"}
 ARABIC = sorted(("واحد", "اثنان", "ثلاثة"))
-
-
-def read_report(folder):
-    return json.loads((folder / "report.json").read_text())
 
 
 def class_names(folder):
@@ -34,23 +28,40 @@ def samples(report):
 
 
 @pytest.fixture
-def train(tiny_run, tmp_path):
+def train(called, tiny_run, tmp_path):
     """Calls ``train(languages="en")``: a run of one epoch under the smallest scheme."""
 
     def call(**changed):
         defaults = {"epochs": 1, "scheme": "classifier", "out_dir": tmp_path / "run"}
-        return called_with(train_mswc.main, tiny_run("train_mswc") | defaults | changed)
+        return called("train_mswc", **tiny_run("train_mswc") | defaults | changed)
 
     return call
 
 
 @pytest.fixture(scope="session")
-def english(tiny_run, tmp_path_factory):
+def english(tiny_run, finished_once):
     """The folder of a run from scratch that knows three English words, and not by heart."""
-    folder = tmp_path_factory.mktemp("english") / "run"
-    run = tiny_run("train_mswc") | {"languages": "en", "scheme": "none", "epochs": 15, "batch_size": 6}
-    called_with(train_mswc.main, {**run, "out_dir": folder})
-    return folder
+    changed = {"languages": "en", "scheme": "none", "epochs": 15, "batch_size": 6}
+    return finished_once("english", "train_mswc", **tiny_run("train_mswc") | changed)
+
+
+@pytest.fixture
+def two_steps(limited):
+    """Lets runs end after two batches of each epoch."""
+    limited(limit_train_batches=2, limit_val_batches=1)
+
+
+@pytest.fixture
+def words_to_learn(finished_runs):
+    """Sets up the data of a run with some arguments changed."""
+    config = yaml.safe_load((finished_runs["train_mswc"] / "config.yaml").read_text())
+
+    def call(**changed):
+        data = train_mswc.words_to_learn(config | changed)
+        data.setup()
+        return data
+
+    return call
 
 
 @pytest.fixture(params=["train_mswc", "train_speech_commands"])
@@ -64,21 +75,21 @@ def earlier(request, english, finished_runs, tiny_mswc, tiny_speech_commands):
 # ---- what is forgotten
 
 
-def test_earlier_network_has_learnt_something(english):
+def test_earlier_network_has_learnt_something(english, report_of):
     """Else nothing could be forgotten."""
-    assert read_report(english)["top1"] > 0.6  # chance is 0.33
+    assert report_of(english)["top1"] > 0.6  # chance is 0.33
 
 
-def test_what_is_forgotten_under_sub_tensor_update(earlier, train, evaluated, tmp_path):
+def test_what_is_forgotten_under_sub_tensor_update(earlier, train, evaluated, report_of, tmp_path):
     """After: the adapted trunk with the classifier of the earlier weights, put together here from both checkpoints."""
     folder, make_data = earlier
     report = train(weights=str(folder / "last.ckpt"), scheme="sub_tensor", learning_rate=0.2, epochs=3)
-    assert report["earlier_top1_before"] == pytest.approx(read_report(folder)["top1"])
+    assert report["earlier_top1_before"] == pytest.approx(report_of(folder)["top1"])
     adapted, before = (Classifier.load_from_checkpoint(run / "last.ckpt") for run in (tmp_path / "run", folder))
     assert not torch.equal(adapted.net.classifier[1].weight[:3], before.net.classifier[1].weight[:3])
     adapted.net.classifier = before.net.classifier
     assert report["earlier_top1_after"] == pytest.approx(evaluated(adapted, make_data())[0])
-    assert read_report(tmp_path / "run") == report
+    assert report_of(tmp_path / "run") == report
 
 
 def test_something_is_forgotten(english, train):
@@ -92,7 +103,7 @@ def test_update_of_the_classifier_alone_forgets_nothing(earlier, train, tmp_path
     assert class_names(tmp_path / "run") == ARABIC
 
 
-def test_loggers_learn_only_of_the_new_words(english, train, tmp_path):
+def test_loggers_learn_only_of_the_new_words(english, two_steps, train, tmp_path):
     report = train(weights=str(english / "last.ckpt"))
     (file,) = (tmp_path / "run").rglob("metrics.csv")
     with file.open() as opened:
@@ -100,7 +111,7 @@ def test_loggers_learn_only_of_the_new_words(english, train, tmp_path):
     assert [float(value) for value in found] == [report["top1"]]
 
 
-def test_measuring_what_is_forgotten_changes_nothing(english, train, weights_of, tmp_path):
+def test_measuring_what_is_forgotten_changes_nothing(english, two_steps, train, weights_of, tmp_path):
     options = {"weights": str(english / "last.ckpt"), "scheme": "sub_tensor"}
     measured = train(**options)
     report = train(**options, forgetting=False, out_dir=tmp_path / "without")
@@ -111,7 +122,7 @@ def test_measuring_what_is_forgotten_changes_nothing(english, train, weights_of,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_resumed_run_says_what_is_forgotten(english, train, interrupt, tmp_path):
+def test_resumed_run_says_what_is_forgotten(english, two_steps, train, interrupt, tmp_path):
     options = {"weights": str(english / "last.ckpt"), "scheme": "sub_tensor", "epochs": 2}
     whole = train(**options, out_dir=tmp_path / "whole")
     interrupt(epoch=1)
@@ -120,9 +131,9 @@ def test_resumed_run_says_what_is_forgotten(english, train, interrupt, tmp_path)
     assert train(**options, resume=True) | {"seconds": 0} == whole | {"seconds": 0}
 
 
-def test_evaluation_forgets_nothing_and_measures_none(english, train):
+def test_evaluation_forgets_nothing_and_measures_none(english, train, report_of):
     report = train(weights=str(english / "last.ckpt"), languages="en", evaluate_only=True)
-    assert report["top1"] == read_report(english)["top1"]
+    assert report["top1"] == report_of(english)["top1"]
     assert not report.keys() & FORGETTING
 
 
@@ -135,7 +146,9 @@ def moved(english, tmp_path):
     return folder
 
 
-def test_earlier_data_that_is_gone_is_a_warning(moved, tiny_run, as_words, command, caplog, tmp_path):
+def test_earlier_data_that_is_gone_is_a_warning(
+    moved, two_steps, tiny_run, as_words, command, caplog, report_of, tmp_path
+):
     run = tiny_run("train_mswc") | {"epochs": 1, "weights": moved / "last.ckpt", "out_dir": tmp_path / "run"}
     ended = command("train_mswc", *as_words(run))
     assert ended.status == 0
@@ -143,23 +156,23 @@ def test_earlier_data_that_is_gone_is_a_warning(moved, tiny_run, as_words, comma
     assert "\n" not in warning
     assert warning.startswith(f"what is forgotten is not measured: {tmp_path / 'gone/en'} does not exist: ")
     assert "earlier classifier" not in ended.output
-    assert not read_report(tmp_path / "run").keys() & FORGETTING
+    assert not report_of(tmp_path / "run").keys() & FORGETTING
 
 
-def test_figures_are_printed(english, tiny_run, as_words, command, tmp_path):
+def test_figures_are_printed(english, two_steps, tiny_run, as_words, command, report_of, tmp_path):
     run = tiny_run("train_mswc") | {"epochs": 1, "weights": english / "last.ckpt", "out_dir": tmp_path / "run"}
     ended = command("train_mswc", *as_words(run))
-    before, after = (read_report(tmp_path / "run")[f"earlier_top1_{when}"] for when in ("before", "after"))
+    before, after = (report_of(tmp_path / "run")[f"earlier_top1_{when}"] for when in ("before", "after"))
     line = f"top-1 on what it knew before, with its earlier classifier: {before:.2%}, now {after:.2%}"
     assert line in ended.output.splitlines()
 
 
-def test_weights_that_lie_alone(english, train, tmp_path):
+def test_weights_that_lie_alone(english, tmp_path):
     shutil.copy(english / "last.ckpt", tmp_path / "alone.ckpt")
-    assert not train(weights=str(tmp_path / "alone.ckpt")).keys() & FORGETTING
+    assert train_mswc.earlier_words(str(tmp_path / "alone.ckpt")) is None
 
 
-def test_weights_of_a_run_on_images(finished_runs, train):
+def test_weights_of_a_run_on_images(finished_runs, two_steps, train):
     """Its config.yaml lies beside, but there are no words to forget."""
     assert not train(weights=str(finished_runs["train_cifar"] / "last.ckpt")).keys() & FORGETTING
 
@@ -183,20 +196,15 @@ def test_weights_of_a_run_on_images(finished_runs, train):
         ({"languages": "en,ar", "words": "ar/واحد,cat"}, ["ar/واحد", "en/cat"], [16, 4, 8]),
     ],
 )
-def test_choice_of_words(options, names, expected, train, tmp_path):
-    report = train(**options)
-    assert class_names(tmp_path / "run") == names
-    assert samples(report) == expected
-    assert report["classes"] == len(names)
+def test_choice_of_words(options, names, expected, words_to_learn):
+    data = words_to_learn(**options)
+    assert list(data.class_names) == names
+    assert [data.train_samples, data.val_samples, data.test_samples] == expected
 
 
-def test_shots_are_drawn_by_the_seed(finished_runs):
-    config = yaml.safe_load((finished_runs["train_mswc"] / "config.yaml").read_text())
-
+def test_shots_are_drawn_by_the_seed(words_to_learn):
     def clips(**changed):
-        data = train_mswc.words_to_learn(config | {"shots": 3} | changed)
-        data.setup()
-        batches = list(data.train_dataloader())
+        batches = list(words_to_learn(**{"shots": 3} | changed).train_dataloader())
         return {waveform.numpy().tobytes() for batch in batches for waveform in batch[0]}
 
     assert len(clips(seed=0)) == 9
@@ -204,10 +212,12 @@ def test_shots_are_drawn_by_the_seed(finished_runs):
     assert clips(seed=0) < clips(shots=None)
 
 
-def test_noise_changes_training_and_is_no_clip(finished_runs, tiny_speech_commands, train, weights_of, tmp_path):
+def test_noise_changes_training_and_is_no_clip(
+    finished_runs, tiny_speech_commands, train, weights_of, report_of, tmp_path
+):
     noise_dir = tiny_speech_commands / "SpeechCommands/speech_commands_v0.02/_background_noise_"
     report = train(noise_dir=noise_dir, scheme="sub_tensor", epochs=3)
-    assert samples(report) == samples(read_report(finished_runs["train_mswc"]))
+    assert samples(report) == samples(report_of(finished_runs["train_mswc"]))
     one, other = weights_of(tmp_path / "run"), weights_of(finished_runs["train_mswc"])
     assert not torch.equal(one["net.classifier.1.weight"], other["net.classifier.1.weight"])
 
@@ -221,11 +231,12 @@ def test_cache_on_disk_gives_the_same_weights(finished_runs, train, weights_of, 
         assert folder.name.startswith("mswc_ar-")
 
 
-def test_splits_may_lie_elsewhere(tiny_mswc, train, tmp_path):
+def test_splits_may_lie_elsewhere(tiny_mswc, words_to_learn, tmp_path):
     shutil.copytree(tiny_mswc / "ar/clips", tmp_path / "audio/ar/clips")
     (tmp_path / "splits").mkdir()
     shutil.copy(tiny_mswc / "ar/ar_splits.csv", tmp_path / "splits")
-    assert samples(train(data_dir=tmp_path / "audio", splits_dir=tmp_path / "splits")) == [24, 6, 12]
+    data = words_to_learn(data_dir=tmp_path / "audio", splits_dir=tmp_path / "splits")
+    assert [data.train_samples, data.val_samples, data.test_samples] == [24, 6, 12]
 
 
 def test_archives_are_unpacked_once(tiny_mswc, finished_runs, train, weights_of, tmp_path):
@@ -247,15 +258,15 @@ def test_archives_are_unpacked_once(tiny_mswc, finished_runs, train, weights_of,
 # ---- real data
 
 
-def test_real_words(shared_data, limited, tmp_path):
+def test_real_words(shared_data, called, limited, tmp_path):
     """The chain of both speech recipes on real clips: English commands, then few steps on Arabic words."""
-    limited(limit_train_batches=4, limit_val_batches=1)
+    limited(limit_train_batches=4, limit_val_batches=1, limit_test_batches=4)
     common = {"epochs": 1, "accelerator": "cpu", "logger": "none"}
     commands = {"data_dir": shared_data, "task": "words10", **common, "out_dir": tmp_path / "first"}
-    first = called_with(train_speech_commands.main, commands)
+    first = called("train_speech_commands", **commands)
     assert samples(first) == [952, 197, 351]
     arabic = {"data_dir": shared_data / "mswc", "languages": "ar", "weights": str(tmp_path / "first/last.ckpt")}
-    then = called_with(train_mswc.main, {**arabic, **common, "out_dir": tmp_path / "then"})
+    then = called("train_mswc", **arabic, **common, out_dir=tmp_path / "then")
     assert samples(then) == [863, 177, 160]
     assert then["classes"] == 40
     assert then["loss"] < 10

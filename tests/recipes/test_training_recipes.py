@@ -1,11 +1,9 @@
 """Every training recipe runs, leaves a whole folder behind, and reproduces and resumes to the bit."""
 
 import csv
-import importlib
-import json
+import functools
 import shutil
 import signal
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,14 +16,13 @@ from microtune.datamodules.cifar import CIFAR
 from microtune.datamodules.image_folder import ImageFolder
 from microtune.datamodules.imagenet import ImageNet
 from microtune.datamodules.mswc import MSWC
-from microtune.datamodules.speech_commands import SpeechCommands
+from microtune.datamodules.speech_commands import COMMANDS, SpeechCommands
 from microtune.modules.classifier import Classifier
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.networks.pretrained_weights import NORMALIZATION
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.training.command_line import called_with
 from microtune.recipes.training.options import (
     BudgetOptions,
     DeviceOptions,
@@ -44,20 +41,12 @@ SAMPLES = {
     "train_mswc": [24, 6, 12, 3],
     "train_speech_commands": [60, 20, 20, 10],
 }
+ONE_BATCH = {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1}  # of each split
 
 # Lightning's remarks: few steps per epoch, a folder that is not empty, no workers
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
-
-
-def main_of(recipe):
-    """The recipe, to be called with flat arguments as the command line has them."""
-    main = importlib.import_module(f"microtune.recipes.{recipe}").main
-    return lambda **arguments: called_with(main, arguments)
-
-
-def read_report(folder):
-    return json.loads((folder / "report.json").read_text())
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def read_metrics(folder, name):
@@ -71,12 +60,6 @@ def read_metrics(folder, name):
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_equal_weights(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def tiny_operations():
@@ -104,8 +87,8 @@ def test_run_folder_is_whole(recipe, finished_runs, tiny_run):
 
 
 @each_recipe
-def test_report(recipe, finished_runs):
-    report = read_report(finished_runs[recipe])
+def test_report(recipe, finished_runs, report_of):
+    report = report_of(finished_runs[recipe])
     assert report.keys() >= REPORT_KEYS
     assert [report[name] for name in ("train_samples", "val_samples", "test_samples", "classes")] == SAMPLES[recipe]
     assert ("top5" in report) == (report["classes"] > 5)
@@ -118,7 +101,7 @@ def test_report(recipe, finished_runs):
 
 
 @each_recipe
-def test_report_is_about_the_checkpoint(recipe, finished_runs, tiny_run):
+def test_report_is_about_the_checkpoint(recipe, finished_runs, tiny_run, report_of):
     """The accuracy and the loss are those of a plain forward pass of what ``last.ckpt`` holds."""
     data_dir = tiny_run(recipe)["data_dir"]
     of_images = {"resolution": 32, "normalization": NORMALIZATION["symmetric"], "num_workers": 0}
@@ -131,7 +114,7 @@ def test_report_is_about_the_checkpoint(recipe, finished_runs, tiny_run):
     }[recipe]()
     data.setup()
     module = Classifier.load_from_checkpoint(finished_runs[recipe] / "last.ckpt").eval()
-    report = read_report(finished_runs[recipe])
+    report = report_of(finished_runs[recipe])
     for loader, name in ((data.test_dataloader(), "top1"), (data.val_dataloader(), "val_top1")):
         batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -143,89 +126,65 @@ def test_report_is_about_the_checkpoint(recipe, finished_runs, tiny_run):
 
 
 @each_recipe
-def test_saved_configuration_reproduces_the_run(recipe, finished_runs, command, weights_of, tmp_path):
+def test_saved_configuration_reproduces_the_run(recipe, finished_runs, command, weights_of, report_of, tmp_path):
     ended = command(recipe, "--config", finished_runs[recipe] / "config.yaml", "--out_dir", tmp_path / "again")
     assert ended.status == 0
-    assert_equal_weights(weights_of(finished_runs[recipe]), weights_of(tmp_path / "again"))
-    first, again = read_report(finished_runs[recipe]), read_report(tmp_path / "again")
+    assert_equal(weights_of(finished_runs[recipe]), weights_of(tmp_path / "again"))
+    first, again = report_of(finished_runs[recipe]), report_of(tmp_path / "again")
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
 
 
 @each_recipe
-def test_another_seed_ends_elsewhere(recipe, finished_runs, tiny_run, weights_of, tmp_path):
-    main_of(recipe)(**tiny_run(recipe), seed=1, out_dir=tmp_path / "run")
+def test_another_seed_begins_elsewhere(recipe, limited, called, finished_runs, tiny_run, weights_of, tmp_path):
+    limited(**ONE_BATCH)
+    called(recipe, **tiny_run(recipe) | {"epochs": 1}, seed=1, out_dir=tmp_path / "run")
     one, other = weights_of(finished_runs[recipe]), weights_of(tmp_path / "run")
     for layer in ("classifier.1", "features.0.0"):  # of which the second is frozen: its fresh weights are others
         assert not torch.equal(one[f"net.{layer}.weight"], other[f"net.{layer}.weight"])
 
 
 @each_recipe
-def test_resumed_run_ends_as_one_never_stopped(recipe, finished_runs, tiny_run, interrupt, weights_of, tmp_path):
+def test_resumed_run_ends_as_one_never_stopped(
+    recipe, finished_runs, tiny_run, interrupt, weights_of, called, report_of, tmp_path
+):
     run = {**tiny_run(recipe), "out_dir": tmp_path / "run"}
     interrupt(epoch=1)
     with pytest.raises(RuntimeError, match="interrupted by the test"):
-        main_of(recipe)(**run)
+        called(recipe, **run)
     started = (tmp_path / "run/config.yaml").read_bytes()
     assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["epoch"] == 0
     assert not (tmp_path / "run/report.json").exists()
 
-    report = main_of(recipe)(**run, resume=True)
-    assert_equal_weights(weights_of(finished_runs[recipe]), weights_of(tmp_path / "run"))
-    assert {**report, "seconds": 0} == {**read_report(finished_runs[recipe]), "seconds": 0}
+    report = called(recipe, **run, resume=True)
+    assert_equal(weights_of(finished_runs[recipe]), weights_of(tmp_path / "run"))
+    assert {**report, "seconds": 0} == {**report_of(finished_runs[recipe]), "seconds": 0}
     assert len(read_metrics(tmp_path / "run", "val/top1")) == 3 + 1
     # so that the configuration still reproduces the run
     assert (tmp_path / "run/config.yaml").read_bytes() == started
 
 
-@pytest.mark.parametrize(
-    "options", [{"momentum": 0.9, "weight_decay": 1e-4}, {"optimizer": "adamw"}, {"method": "mask"}, {"scheme": "none"}]
-)
-def test_optimizer_state_is_resumed(options, tiny_run, interrupt, weights_of, tmp_path):
+# SGD's under a scheme, sub_tensor and mask, is in tests/callbacks/test_sparse_update.py and test_killed_runs.py
+@pytest.mark.parametrize("options", [{"optimizer": "adamw"}, {"scheme": "none", "weight_decay": 1e-4}])
+def test_optimizer_state_is_resumed(options, tiny_run, interrupt, weights_of, called, tmp_path):
     run = {**tiny_run("train_cifar"), "epochs": 2, **options}
-    main_of("train_cifar")(**run, out_dir=tmp_path / "whole")
+    called("train_cifar", **run, out_dir=tmp_path / "whole")
     interrupt(epoch=1)
     with pytest.raises(RuntimeError, match="interrupted by the test"):
-        main_of("train_cifar")(**run, out_dir=tmp_path / "run")
-    main_of("train_cifar")(**run, out_dir=tmp_path / "run", resume=True)
-    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+        called("train_cifar", **run, out_dir=tmp_path / "run")
+    called("train_cifar", **run, out_dir=tmp_path / "run", resume=True)
+    assert_equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
 
 
 def test_run_that_failed_before_its_first_checkpoint_is_resumed(
-    finished_runs, tiny_run, interrupt, weights_of, tmp_path
+    finished_runs, tiny_run, interrupt, weights_of, called, tmp_path
 ):
     run = {**tiny_run("train_cifar"), "out_dir": tmp_path / "run"}
     interrupt(epoch=0)
     with pytest.raises(RuntimeError, match="interrupted by the test"):
-        main_of("train_cifar")(**run)
+        called("train_cifar", **run)
     assert not (tmp_path / "run/last.ckpt").exists()
-    main_of("train_cifar")(**run, resume=True)
-    assert_equal_weights(weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run"))
-
-
-def test_killed_run_ends_as_one_never_killed(tiny_run, as_words, start_recipe, weights_of, tmp_path):
-    run = {**tiny_run("train_cifar"), "epochs": 6, "momentum": 0.9}
-    folder = tmp_path / "killed"
-    child = start_recipe("train_cifar", *as_words(run | {"out_dir": folder}))
-    try:
-        waited_until = time.monotonic() + 100
-        while not (folder / "last.ckpt").exists():
-            assert child.poll() is None, child.stderr.read()
-            assert time.monotonic() < waited_until
-            time.sleep(0.002)
-    finally:
-        child.kill()  # SIGKILL
-        child.communicate()
-    assert child.returncode == -signal.SIGKILL
-    assert not (folder / "report.json").exists()
-    finished_epoch = torch.load(folder / "last.ckpt", weights_only=True)["epoch"]
-    assert finished_epoch < 5
-
-    main_of("train_cifar")(**run, out_dir=folder, resume=True)
-    main_of("train_cifar")(**run, out_dir=tmp_path / "whole")
-    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(folder))
-    assert read_report(folder)["top1"] == read_report(tmp_path / "whole")["top1"]
-    # it went on, and did not start anew
-    assert read_metrics(folder / "metrics/version_1", "epoch")[0] == finished_epoch + 1
+    called("train_cifar", **run, resume=True)
+    assert_equal(weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run"))
 
 
 def test_interruption_exits_with_130_and_says_how_to_go_on(tiny_run, as_words, interrupt, command, tmp_path):
@@ -293,53 +252,28 @@ def test_run_is_not_written_over(finished_runs, command):
     assert contents(folder) == before
 
 
-def test_default_folders_of_runs_of_the_same_second(tiny_run, monkeypatch, tmp_path):
+def test_default_folders_of_runs_of_the_same_second(tiny_run, monkeypatch, limited, called, tmp_path):
+    limited(**ONE_BATCH)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("microtune.recipes.training.run_folder.time.strftime", lambda _: "20261120-060000")
     for _ in range(2):
-        main_of("train_cifar")(**tiny_run("train_cifar") | {"epochs": 1})
+        called("train_cifar", **tiny_run("train_cifar") | {"epochs": 1})
     names = sorted(path.name for path in (tmp_path / "runs/train_cifar").iterdir())
     assert names == ["20261120-060000", "20261120-060000-2"]
 
 
-def test_fine_tunes_from_a_checkpoint_of_a_sparse_run(finished_runs, tiny_run, weights_of, tmp_path):
-    run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
-    main_of("train_cifar")(**run | {"weights": str(finished_runs["train_cifar"] / "last.ckpt"), "scheme": "classifier"})
-    first, then = weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run")
-    changed = {name for name in first if not torch.equal(first[name], then[name])}
-    assert changed == {"net.classifier.1.weight", "net.classifier.1.bias"}
-
-
-def test_checkpoint_of_other_classes_gives_its_trunk(finished_runs, tiny_run, weights_of, tmp_path):
-    run = tiny_run("train_image_folder") | {"epochs": 1, "out_dir": tmp_path / "run"}
-    main_of("train_image_folder")(
-        **run | {"weights": str(finished_runs["train_cifar"] / "last.ckpt"), "scheme": "classifier"}
-    )
-    first, then = weights_of(finished_runs["train_cifar"]), weights_of(tmp_path / "run")
-    assert then["net.classifier.1.weight"].shape == (3, 112)
-    trunk = [name for name in first if "features" in name]
-    assert len(trunk) == 102
-    assert all(torch.equal(first[name], then[name]) for name in trunk)
-
-
-@pytest.mark.parametrize(
-    ("options", "counted"),
-    [
-        ({}, {}),
-        ({"momentum": 0.9}, {"optimizer_state": "momentum"}),
-        ({"optimizer": "adamw"}, {"optimizer_state": "adam"}),
-        ({"accumulate_batches": 2}, {"gradient_accumulation": True}),
-    ],
-)
-def test_memory_figures_are_those_of_the_training(options, counted, scheme_file, tiny_run, tmp_path):
-    run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
-    report = main_of("train_cifar")(**run | {"scheme": str(scheme_file), "allow_oversize": True}, **options)
+def test_memory_figures_are_those_of_the_training(scheme_file, tiny_run, limited, called, tmp_path):
+    """Which training holds what is in test_plan.py."""
+    limited(**ONE_BATCH)
+    options = {"scheme": str(scheme_file), "allow_oversize": True, "momentum": 0.9, "accumulate_batches": 2}
+    report = called("train_cifar", **tiny_run("train_cifar") | options, out_dir=tmp_path / "run")
     scheme = UpdateScheme.load(scheme_file)
-    assert report["peak_memory_bytes"] == PeakMemory(tiny_operations(), **counted).peak_bytes(scheme)
+    counted = PeakMemory(tiny_operations(), optimizer_state="momentum", gradient_accumulation=True)
+    assert report["peak_memory_bytes"] == counted.peak_bytes(scheme)
     assert UpdateScheme.load(tmp_path / "run/scheme.json") == scheme
 
 
-def test_scheme_that_does_not_fit(tiny_run, as_words, command, tmp_path):
+def test_scheme_that_does_not_fit(tiny_run, as_words, limited, command, report_of, tmp_path):
     words = as_words(tiny_run("train_cifar") | {"scheme": "full", "epochs": 1, "out_dir": tmp_path / "run"})
     ended = command("train_cifar", *words)
     assert ended.status == 2
@@ -352,8 +286,9 @@ def test_scheme_that_does_not_fit(tiny_run, as_words, command, tmp_path):
     assert "--allow_oversize" in ended.errors
     assert not (tmp_path / "run").exists()
 
+    limited(**ONE_BATCH)
     assert command("train_cifar", *words, "--allow_oversize").status == 0
-    report = read_report(tmp_path / "run")
+    report = report_of(tmp_path / "run")
     assert not report["fits"]
     assert report["peak_memory_bytes"] > report["budget_bytes"]
 
@@ -366,12 +301,22 @@ def test_flash_that_is_too_small(tiny_run, as_words, command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_scheme_everything_is_trained_with_batch_norm(tiny_run, weights_of, tmp_path):
-    run = tiny_run("train_cifar") | {"epochs": 1, "out_dir": tmp_path / "run"}
-    report = main_of("train_cifar")(**run | {"scheme": "none"})
-    assert "peak_memory_bytes" not in report
-    assert not (tmp_path / "run/scheme.json").exists()
-    assert "net.features.0.1.running_mean" in weights_of(tmp_path / "run")
+def test_without_a_scheme_everything_is_trained_with_batch_norm(unfolded_run, weights_of, report_of):
+    assert "peak_memory_bytes" not in report_of(unfolded_run)
+    assert not (unfolded_run / "scheme.json").exists()
+    assert "net.features.0.1.running_mean" in weights_of(unfolded_run)
+
+
+def test_class_names_are_in_the_checkpoint(finished_runs, checkpoint_of):
+    found = {
+        recipe: checkpoint_of(folder)["hyper_parameters"]["class_names"] for recipe, folder in finished_runs.items()
+    }
+    assert found["train_cifar"] == [f"class {number}" for number in range(10)]
+    assert found["train_image_folder"] == ["blue", "green", "red"]
+    assert found["train_speech_commands"] == list(COMMANDS)
+    assert found["train_mswc"] == sorted(("واحد", "اثنان", "ثلاثة"))
+    assert len(found["train_imagenet"]) == 1000
+    assert found["train_imagenet"][0] == "tench"
 
 
 def test_options_that_recipes_share_are_flags_in_groups(command):
@@ -385,28 +330,28 @@ def test_options_that_recipes_share_are_flags_in_groups(command):
                 assert f"--{option.name} " in ended.output, option.name
 
 
-def train_on_real_images(recipe, data_dir, limited, out_dir, **limits):
+def train_on_real_images(called, recipe, data_dir, limited, out_dir, **limits):
     """One epoch from Keras' weights at 64 px; ``limits`` of Lightning's Trainer make it a short one."""
     limited(**limits)
     weights = data_dir.parent / "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"
     shared = {"resolution": 64, "epochs": 1, "num_workers": 0, "logger": "none", "accelerator": "cpu"}
-    main_of(recipe)(data_dir=data_dir, weights=str(weights), **shared, out_dir=out_dir)
+    called(recipe, data_dir=data_dir, weights=str(weights), **shared, out_dir=out_dir)
 
 
-def test_loss_falls_on_real_cifar(shared_data, limited, tmp_path):
+def test_loss_falls_on_real_cifar(shared_data, called, limited, report_of, tmp_path):
     limits = {"limit_train_batches": 60, "limit_val_batches": 2, "limit_test_batches": 6}
-    train_on_real_images("train_cifar", shared_data / "cifar10", limited, tmp_path / "run", **limits)
+    train_on_real_images(called, "train_cifar", shared_data / "cifar10", limited, tmp_path / "run", **limits)
     losses = read_metrics(tmp_path / "run", "train/loss")
     assert len(losses) == 6
     assert losses[0] > 1.8
     assert losses[-1] < 0.8 * losses[0]
-    assert read_report(tmp_path / "run")["top1"] > 0.3  # chance is 0.1
-    assert read_report(tmp_path / "run")["train_samples"] == 5850
+    assert report_of(tmp_path / "run")["top1"] > 0.3  # chance is 0.1
+    assert report_of(tmp_path / "run")["train_samples"] == 5850
 
 
-def test_loss_falls_on_real_flowers(shared_data, limited, tmp_path):
+def test_loss_falls_on_real_flowers(shared_data, called, limited, report_of, tmp_path):
     limits = {"limit_val_batches": 1, "limit_test_batches": 6}
-    train_on_real_images("train_image_folder", shared_data / "flowers17", limited, tmp_path / "run", **limits)
+    train_on_real_images(called, "train_image_folder", shared_data / "flowers17", limited, tmp_path / "run", **limits)
     losses = read_metrics(tmp_path / "run", "train/loss")
     assert losses[-1] < 0.8 * losses[0]
-    assert read_report(tmp_path / "run")["top1"] > 0.4  # chance is 0.06
+    assert report_of(tmp_path / "run")["top1"] > 0.4  # chance is 0.06

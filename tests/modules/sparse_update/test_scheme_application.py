@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
 }
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,8 @@ def train(network, applied, optimizer, steps=20):
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         x, y = torch.randn(4, *SHAPE, generator=generator), torch.randint(4, (4,), generator=generator)
-        x = x.to(next(network.parameters()).dtype)
+        first = next(network.parameters())
+        x, y = x.to(first), y.to(first.device)
         optimizer.zero_grad()
         F.cross_entropy(network(x), y).backward()
         optimizer.step()
@@ -97,9 +99,10 @@ def schemes(draw):
     return UpdateScheme("block", bias_depth, weights, channels)
 
 
+@each_device
 @settings(max_examples=40, deadline=None)
 @given(schemes(), st.sampled_from(["sub_tensor", "mask"]), st.sampled_from(list(OPTIMIZERS)), st.integers(0, 99))
-def test_frozen_entries_are_bit_equal_and_updated_ones_are_not(scheme, method, optimizer, seed):
+def test_frozen_entries_are_bit_equal_and_updated_ones_are_not(device, scheme, method, optimizer, seed):
     torch.manual_seed(seed)
     network = BlockNet()
     before = copy.deepcopy(network.state_dict())
@@ -107,9 +110,9 @@ def test_frozen_entries_are_bit_equal_and_updated_ones_are_not(scheme, method, o
     assert {name: len(indexes) for name, indexes in applied.channels.items()} == {
         name: round(ratio * CHANNELS[name]) for name, ratio in scheme.weights.items()
     }
-    train(network, applied, optimizer)
+    train(network.to(device), applied, optimizer)
     applied.remove()
-    after = network.state_dict()
+    after = network.cpu().state_dict()
     assert list(after) == list(before)
     for name, updated in updated_entries(before, scheme, applied.channels).items():
         changed = after[name] != before[name]
@@ -135,11 +138,12 @@ def test_mask_and_sub_tensor_reach_the_same_weights(scheme, optimizer, seed):
         torch.testing.assert_close(states[1][name], expected, rtol=1e-6, atol=1e-7)
 
 
-def test_gradients_equal_those_of_the_plain_network():
+@each_device
+def test_gradients_equal_those_of_the_plain_network(device):
     torch.manual_seed(0)
-    network = BlockNet().double()
+    network = BlockNet().double().to(device)
     plain = copy.deepcopy(network)
-    x, y = torch.randn(4, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    x, y = torch.randn(4, *SHAPE, dtype=torch.float64).to(device), torch.tensor([0, 1, 2, 3]).to(device)
     F.cross_entropy(plain(x), y).backward()
     scheme = UpdateScheme("block", 5, dict.fromkeys(CHANNELS, 0.5))
     applied = apply(network, scheme)
