@@ -58,16 +58,16 @@ def main(
         num_classes: Outputs of the classifier.
         in_channels: Channels of the input.
         head_convolution: Whether the network has its last 1x1 convolution.
-        optimizer_state: What the optimizer keeps: none, momentum or adam.
+        optimizer_state: State that the optimizer keeps: none, momentum or adam.
         gradient_accumulation: Whether gradients are carried from step to step.
         depthwise_in_place: Whether depthwise convolutions write over their input.
         gradient_bytes: Bytes per element of a gradient.
         latent_weights: Whether the device keeps copies in floating point of the weights that it updates.
         sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
-        flash_bytes: Flash, likewise.
-        reserve_bytes: SRAM that is not for training, likewise.
-        out_dir: Where the picture is written, under a name made of network, scheme and microcontroller.
-        json: Print one JSON object and nothing else, and draw nothing.
+        flash_bytes: Flash for the frozen weights; describes another microcontroller, or replaces the named one's.
+        reserve_bytes: SRAM that is not for training; describes another microcontroller, or replaces the named one's.
+        out_dir: Folder of the picture, whose name is made of network, scheme and microcontroller.
+        json: Whether to print one JSON object and nothing else, and to draw nothing.
     """
     device = microcontroller(mcu, sram_bytes, flash_bytes, reserve_bytes)
     input_shape = (in_channels, resolution, resolution if input_width is None else input_width)

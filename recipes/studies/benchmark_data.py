@@ -53,7 +53,7 @@ def main(
         imagenet: Folder that holds train/ or val/, with a folder per wnid.
         speech_commands: Folder that holds SpeechCommands/.
         mswc: Folder that holds a folder per language.
-        languages: Of MSWC, separated by commas.
+        languages: Languages of MSWC, separated by commas.
         resolution: Height and width of images in pixels.
         batch_size: Samples per step.
         num_workers: Processes that decode images; sets that are held in memory are loaded without.
@@ -61,7 +61,7 @@ def main(
         scheme: Update scheme of the step, a JSON file; by default the paper's of 99 KB.
         batches: Batches per measurement of a loader, or as many as an epoch has.
         rounds: Measurements of each, of which the median counts; they take turns.
-        json: Print one JSON object and nothing else.
+        json: Whether to print one JSON object and nothing else.
     """
     check_at_least_one(batches=batches, rounds=rounds)
     if num_workers < 0:

@@ -99,12 +99,12 @@ def main(
     """Judges the search: evolution against the proven optimum and random search, by table and by real training.
 
     Args:
-        level: What schemes are scored by: the contribution table, or the accuracy of a short training; or speed, how
+        level: Score of the schemes: the contribution table, or the accuracy of a short training; or speed, how
             long it takes to score and repair as many genomes as ``evaluations`` says, by default 100,000.
         measurements: Folders of measure_contributions.py, separated by commas: the tables, and the data they are of.
         accuracy_budget_kib: Extra memory, in KiB, of the searches by accuracy.
-        evaluations: Of each search; by default 5,000 by table (random search also gets four times as many), 200 by
-            accuracy.
+        evaluations: Number of schemes that each search evaluates; by default 5,000 by table (random search also gets
+            four times as many), 200 by accuracy.
         seeds: Repetitions; by default 10 by table, 3 by accuracy.
         trial_steps: Optimizer steps of a trial.
         final_steps: Optimizer steps with which, by accuracy, finalists and what each search returns are trained.

@@ -59,8 +59,8 @@ def main(
         in_channels: Channels of the input.
         head_convolution: Whether the network has its last 1x1 convolution.
         rounds: Steps of each method that are timed, after two that are not.
-        threads: Of PyTorch; by default as many as the machine has cores.
-        json: Print one JSON object and nothing else.
+        threads: Number of PyTorch's threads; by default as many as the machine has cores.
+        json: Whether to print one JSON object and nothing else.
     """
     check_at_least_one(batch_size=batch_size, rounds=rounds, threads=threads)
     if threads is not None:

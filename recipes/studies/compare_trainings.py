@@ -94,9 +94,10 @@ def main(
     """Compares ways to train on equal terms, paired over seeds.
 
     Args:
-        ways: What is compared, the others with the first, such as evolved=scheme.json,biases,q=expanding:ratio=0.25;
-            schemes are a JSON file, last_layers, biases, expanding, random, classifier, full, gradient or accuracy
-            (searched for by it); names of ways in ways_file stand for these. By default all of ways_file.
+        ways: Ways to train, the others compared with the first, such as
+            evolved=scheme.json,biases,q=expanding:ratio=0.25; schemes are a JSON file, last_layers, biases, expanding,
+            random, classifier, full, gradient or accuracy (searched for by it); names of ways in ways_file stand for
+            these. By default all of ways_file.
         ways_file: List of ways in JSON, such as recipes/studies/ways/methods.json.
         scheme: Scheme of the ways that do not say theirs, such as those of recipes/studies/ways/int8.json.
         data: Name of the data set.
@@ -109,14 +110,15 @@ def main(
         head_convolution: Whether the network in floating point has its last 1x1 convolution.
         data_sets: List of data sets with their networks, such as recipes/results/data_sets.json, in place of one.
         only: Names of those that are wanted, separated by commas.
-        numbers: What ways compute in that do not say it: fp32, int8 or both; by default all there are networks for.
+        numbers: Numbers that ways compute in which do not say theirs: fp32, int8 or both; by default all there are
+            networks for.
         budgets: KiB of extra memory (extra64) or of peak memory (peak200), microcontrollers, or none, which takes
             schemes as they are; separated by commas.
         epochs: Passes over the training split; 10 without steps.
         steps: Optimizer steps of batch_size samples, in place of epochs; augmentations then recur after 4 passes.
         batch_size: Samples per step.
-        learning_rate: At its highest; by default 0.1 / 256 x batch_size (Lin et al.), and of a list of data sets the
-            best of those that it has, for each way.
+        learning_rate: Learning rate at its highest; by default 0.1 / 256 x batch_size (Lin et al.), and of a list of
+            data sets the best of those that it has, for each way.
         learning_rates: Rates to choose from for each way, by validation accuracy with a seed that is not reported.
         rate_budget: Budget that rates are chosen at, for all budgets; by default each has its own.
         warmup_fraction: Part of all steps in which the learning rate rises; then it falls to zero as a cosine.
@@ -125,8 +127,8 @@ def main(
         contributions: Table whose layers, ratios and bias depths random schemes are drawn from; by default all
             expanding convolutions and all bias depths.
         copies: Augmentations of every training sample; by default one for each epoch, or 4 with steps.
-        features: Where the output of the frozen layers is kept: memory, disk or none.
-        features_limit_mib: What may be kept, in each process.
+        features: Place where the output of the frozen layers is kept: memory, disk or none.
+        features_limit_mib: Largest size in MiB of what is kept, in each process.
         processes: Trainings that run at once, one thread each.
         logger: wandb (offline unless you are logged in), csv or none.
         out_dir: Folder of the study; by default a new one below runs/. Where the same was begun, it goes on.

@@ -40,7 +40,7 @@ class PrunedRow:
         peak_bytes: SRAM of an int8 forward pass, at its peak.
         latency_ms: Of one sample on one core, in floating point; the median of many.
         latency_ratio: The same over that of the unpruned network, measured in turns with it.
-        batch_latency_ratio: Likewise of 32 samples at once, where PyTorch's own work per layer weighs less.
+        batch_latency_ratio: The same of 32 samples at once, where PyTorch's own work per layer weighs less.
     """
 
     criterion: str

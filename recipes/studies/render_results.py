@@ -51,7 +51,7 @@ def main(
 
     Args:
         results: CSV with a row for each training.
-        out_dir: Where results.md and the pictures are written.
+        out_dir: Folder of results.md and the pictures.
         selection: CSV with a row for each training that compares criteria for channels.
         schemes: Schemes to draw, such as cifar10-extra64-one_pass=scheme.json, separated by commas; by default those
             in OUT_DIR/schemes that were searched for, as cifar10-extra64-one_pass.json.

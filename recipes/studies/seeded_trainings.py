@@ -157,7 +157,7 @@ def best_rates(
 
     Args:
         tried: The training that stands for a group.
-        rates_of: What is tried first, likewise.
+        rates_of: Rates that are tried first for it.
         seed: Of these trainings, another than those of the study.
         workers: Where they are done.
         out_dir: Folder of the study.

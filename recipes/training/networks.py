@@ -123,7 +123,7 @@ def describe_network(
         input_shape: Channels, height and width of a sample.
         num_classes: Outputs of its fresh classifier.
         width: Multiplier of its channels; by default that of the weights, else 0.35. An int8 network has its own.
-        head_convolution: Whether it has its last 1x1 convolution, likewise.
+        head_convolution: Whether it has its last 1x1 convolution; an int8 network says so itself.
 
     Raises:
         UserError: An argument is out of its range.
