@@ -38,7 +38,7 @@ from microtune.recipes.search.table_search import load_table, make_problem
 from microtune.recipes.search.trials import described_by
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.result_rows import memory_and_kib
-from microtune.recipes.studies.ways import RULES, Way
+from microtune.recipes.studies.ways import RULES, SEARCHES, Way
 from microtune.recipes.training.command_line import flat
 from microtune.recipes.training.memory_figures import KIB, fit_of, refuse_oversize
 from microtune.recipes.training.networks import DescribedNetwork
@@ -103,7 +103,9 @@ class WaysOfOneScheme:
         """The scheme; raises ``UserError`` if it does not fit, or leaves nothing to choose to a way that chooses."""
         described, budget = self.described, self.budget
         for name, way in self.ways.items():
-            if way.rechoose_every and not to_be_chosen(scheme, described.operations.convolutions):
+            # what a search finds may be whole layers
+            is_open = self.source.scheme in SEARCHES or to_be_chosen(scheme, described.operations.convolutions)
+            if way.rechoose_every and not is_open:
                 raise UserError(
                     f"way {name} chooses channels every {way.rechoose_every} steps, but its scheme leaves none to "
                     f"choose: {REMEDY}"

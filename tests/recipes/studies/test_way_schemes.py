@@ -149,6 +149,13 @@ def test_open_channels_become_fewer_until_their_scores_fit():
     assert with_fewer_channels(scheme, ways_of("extra640", dynamic, resolution=96)) == scheme
 
 
+def test_what_a_search_finds_may_leave_nothing_to_choose():
+    """Whole layers: a study of hours must not end there."""
+    ways = ways_of("extra64", Way("accuracy", open_channels=True, criterion="taylor", rechoose_every=5))
+    scheme = UpdateScheme(ways.described.name, 3)
+    assert ways.checked(scheme) == scheme
+
+
 # ---- what is refused
 
 
