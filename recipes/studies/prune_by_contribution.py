@@ -145,25 +145,25 @@ def main(
 
     Args:
         data: Name of the data set.
-        weights: A network that knows the data's classes: the .ckpt of a training recipe, or torchvision for ImageNet.
+        weights: Weights of a network that knows the data's classes: the .ckpt of a training recipe, or torchvision for ImageNet.
         data_dir: Folder of the data.
         data_options: Further arguments of the data module.
-        network: mobilenet_v2; an int8 network cannot be pruned.
+        network: Network: mobilenet_v2; an int8 network cannot be pruned.
         resolution: Height and width of images, in pixels; speech has the shape of its spectrograms.
         width: Multiplier of the network's channels; by default that of the weights.
         head_convolution: Whether the network has its last 1x1 convolution.
-        criteria: By what units are ranked, separated by commas; the others are compared with the first.
+        criteria: Scores that units are ranked by, separated by commas; the others are compared with the first.
         sparsities: Parts of the multiply-accumulates to remove, separated by commas.
-        channel_multiple: Each layer keeps a multiple of so many channels, and at least so many; kernels of some
-            microcontrollers want 4.
-        choice_samples: Training samples that the scores are measured on.
-        fine_tuning_steps: Steps of SGD on all weights of a pruned network; 0 for none.
-        batch_size: Samples per step.
-        learning_rate: Of the fine-tuning, at its highest; by default 0.1 / 256 x batch_size (Lin et al.).
-        seeds: Random orders, and fine-tunings of each network, with other orders of the samples.
-        single_units: How many units are removed alone, shared out evenly among the groups; 0 for none.
-        single_unit_samples: Validation samples that this is measured on; by default all.
-        logger: Of the summary: wandb (offline unless you are logged in), csv or none.
+        channel_multiple: Number of which each layer's remaining channels are a multiple; kernels of some microcontrollers
+            want 4.
+        choice_samples: Number of training samples that the scores are measured on.
+        fine_tuning_steps: Number of steps of SGD on all weights of a pruned network; 0 for none.
+        batch_size: Number of samples per step.
+        learning_rate: Learning rate of the fine-tuning at its highest; by default 0.1 / 256 x batch_size (Lin et al.).
+        seeds: Number of random orders, and of fine-tunings of each network, with other orders of the samples.
+        single_units: Number of units that are removed alone, shared out evenly among the groups; 0 for none.
+        single_unit_samples: Number of validation samples that this is measured on; by default all.
+        logger: Logger of the summary: wandb (offline unless you are logged in), csv or none.
         out_dir: Folder of the results; by default a new one below runs/. Where the same pruning was begun, it goes on.
     """
     started, arguments = time.monotonic(), flat(locals())
