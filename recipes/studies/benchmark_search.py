@@ -103,13 +103,14 @@ def main(
             long it takes to score and repair as many genomes as ``evaluations`` says, by default 100,000.
         measurements: Folders of measure_contributions.py, separated by commas: the tables, and the data they are of.
         accuracy_budget_kib: Extra memory, in KiB, of the searches by accuracy.
-        evaluations: Number of evaluations of each search; by default 5,000 by table (random search also gets four times as many), 200 by
-            accuracy.
+        evaluations: Number of evaluations of each search; by default 5,000 by table (random search also gets four times
+            as many), 200 by accuracy.
         seeds: Number of repetitions; by default 10 by table, 3 by accuracy.
         trial_steps: Number of optimizer steps of a trial.
-        final_steps: Number of optimizer steps with which, by accuracy, finalists and what each search returns are trained.
+        final_steps: Number of optimizer steps with which, by accuracy, finalists and what each search returns are
+            trained.
         final_seeds: Number of trainings of what each search returns, on whose test accuracy it is judged.
-        processes: Processes of this machine that search, one thread each.
+        processes: Number of processes of this machine that search, one thread each.
         out_dir: Folder of the results; by default a new one below runs/.
     """
     arguments = flat(locals())

@@ -145,7 +145,8 @@ def main(
 
     Args:
         data: Name of the data set.
-        weights: Weights of a network that knows the data's classes: the .ckpt of a training recipe, or torchvision for ImageNet.
+        weights: Weights of a network that knows the data's classes: the .ckpt of a training recipe, or torchvision for
+            ImageNet.
         data_dir: Folder of the data.
         data_options: Further arguments of the data module.
         network: Network: mobilenet_v2; an int8 network cannot be pruned.
@@ -154,8 +155,8 @@ def main(
         head_convolution: Whether the network has its last 1x1 convolution.
         criteria: Scores that units are ranked by, separated by commas; the others are compared with the first.
         sparsities: Parts of the multiply-accumulates to remove, separated by commas.
-        channel_multiple: Number of which each layer's remaining channels are a multiple; kernels of some microcontrollers
-            want 4.
+        channel_multiple: Number of which each layer's remaining channels are a multiple; kernels of some
+            microcontrollers want 4.
         choice_samples: Number of training samples that the scores are measured on.
         fine_tuning_steps: Number of steps of SGD on all weights of a pruned network; 0 for none.
         batch_size: Number of samples per step.
