@@ -50,18 +50,19 @@ def main(
 
     Args:
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits) or full.
-        mcu: Microcontroller, such as stm32f746.
-        network: mobilenet_v2, or the .safetensors file of an int8 network.
-        width: Multiplier of its channels, by default 0.35; an int8 network has its own.
+        mcu: Microcontroller: stm32f746, stm32h743, stm32f411, stm32f407, stm32f412, stm32f765, nrf52840, rp2040,
+            rp2350, esp32s3 or imxrt1062.
+        network: Network: mobilenet_v2, or the .safetensors file of an int8 network.
+        width: Multiplier of the network's channels, by default 0.35; an int8 network has its own.
         resolution: Height and width of the input in pixels; of a spectrogram, its frames.
         input_width: Width of the input where it is another: of a spectrogram, its bands.
-        num_classes: Outputs of the classifier.
-        in_channels: Channels of the input.
+        num_classes: Number of outputs of the classifier.
+        in_channels: Number of channels of the input.
         head_convolution: Whether the network has its last 1x1 convolution.
         optimizer_state: State that the optimizer keeps: none, momentum or adam.
         gradient_accumulation: Whether gradients are carried from step to step.
         depthwise_in_place: Whether depthwise convolutions write over their input.
-        gradient_bytes: Bytes per element of a gradient.
+        gradient_bytes: Number of bytes per element of a gradient.
         latent_weights: Whether the device keeps copies in floating point of the weights that it updates.
         sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
         flash_bytes: Flash for the frozen weights; describes another microcontroller, or replaces the named one's.

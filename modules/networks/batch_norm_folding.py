@@ -112,6 +112,10 @@ class _Run(TorchDispatchMode):
         if tensor is output and tensor._version == version:
             self.convolution_of_norm[name] = convolution
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operation imports torch._dynamo, which takes longer than all of torch
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and (address := tensor.untyped_storage().data_ptr()) in self.outputs:

@@ -145,6 +145,10 @@ class _Recorder(TorchDispatchMode):
         self.keep_alive.append(tensor)
         self.index_of_storage[tensor.untyped_storage().data_ptr()] = index
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operation imports torch._dynamo, which takes longer than all of torch
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if self.inside is not None:

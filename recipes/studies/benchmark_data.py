@@ -49,14 +49,14 @@ def main(
 
     Args:
         cifar: Folder that holds cifar-10-batches-py; a data set without its folder is left out.
-        image_folder: A folder per class with its images.
+        image_folder: Folder that holds a folder per class with its images.
         imagenet: Folder that holds train/ or val/, with a folder per wnid.
         speech_commands: Folder that holds SpeechCommands/.
         mswc: Folder that holds a folder per language.
         languages: Languages of MSWC, separated by commas.
         resolution: Height and width of images in pixels.
-        batch_size: Samples per step.
-        num_workers: Processes that decode images; sets that are held in memory are loaded without.
+        batch_size: Number of samples per step.
+        num_workers: Number of processes that decode images; sets that are held in memory are loaded without.
         width: Multiplier of MobileNetV2's channels.
         scheme: Update scheme of the step, a JSON file; by default the paper's of 99 KB.
         batches: Batches per measurement of a loader, or as many as an epoch has.

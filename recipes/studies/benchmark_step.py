@@ -49,14 +49,15 @@ def main(
 
     Args:
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits) or full.
-        mcu: Microcontroller that a scheme given by name shall fit.
-        network: mobilenet_v2, or the .safetensors file of an int8 network.
-        width: Multiplier of its channels, by default 0.35; an int8 network has its own.
+        mcu: Microcontroller that a scheme given by name shall fit: stm32f746, stm32h743, stm32f411, stm32f407,
+            stm32f412, stm32f765, nrf52840, rp2040, rp2350, esp32s3 or imxrt1062.
+        network: Network: mobilenet_v2, or the .safetensors file of an int8 network.
+        width: Multiplier of the network's channels, by default 0.35; an int8 network has its own.
         resolution: Height and width of the input in pixels; of a spectrogram, its frames.
         input_width: Width of the input where it is another: of a spectrogram, its bands.
-        batch_size: Samples per step.
-        num_classes: Outputs of the classifier.
-        in_channels: Channels of the input.
+        batch_size: Number of samples per step.
+        num_classes: Number of outputs of the classifier.
+        in_channels: Number of channels of the input.
         head_convolution: Whether the network has its last 1x1 convolution.
         rounds: Steps of each method that are timed, after two that are not.
         threads: Number of PyTorch's threads; by default as many as the machine has cores.

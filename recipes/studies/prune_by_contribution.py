@@ -146,16 +146,17 @@ def main(
 
     Args:
         data: Name of the data set.
-        weights: A network that knows the data's classes: the .ckpt of a training recipe, or torchvision for ImageNet.
+        weights: Weights of a network that knows the data's classes: the .ckpt of a training recipe, or torchvision for
+            ImageNet.
         data_dir: Folder of the data.
         data_options: Further arguments of the data module.
-        network: mobilenet_v2; an int8 network cannot be pruned.
+        network: Network: mobilenet_v2; an int8 network cannot be pruned.
         resolution: Height and width of images, in pixels; speech has the shape of its spectrograms.
         width: Multiplier of the network's channels; by default that of the weights.
         head_convolution: Whether the network has its last 1x1 convolution.
         criteria: Criteria that units are ranked by, separated by commas; the others are compared with the first.
         sparsities: Parts of the multiply-accumulates to remove, separated by commas.
-        channel_multiple: Each layer keeps a multiple of so many channels, and at least so many; kernels of some
+        channel_multiple: Number of which each layer's remaining channels are a multiple; kernels of some
             microcontrollers want 4.
         choice_samples: Training samples that the scores are measured on.
         fine_tuning_steps: Steps of SGD on all weights of a pruned network; 0 for none.

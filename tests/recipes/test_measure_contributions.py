@@ -1,14 +1,19 @@
 """The measurement of contributions: complete, resumed and shared to the bit, and clear about wrong input."""
 
+import contextlib
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,32 +103,77 @@ def claim_on(out_dir, group):
     return out_dir / f".claims/{depth}-{layer}-{float(ratio or 0):g}.lock"
 
 
+# forked from a process that has imported everything and done nothing: each import takes long
+LAUNCHER = """
+import os, sys
+from pathlib import Path
+import microtune.datamodules.digits, microtune.recipes.training.pretrained
+from microtune.recipes.measure_contributions import main
+from microtune.recipes.training.command_line import run_recipe
+words, folders = sys.argv[1:-2], sys.argv[-2:]
+for folder in folders:
+    if not os.fork():
+        for name, stream in (("output", 1), ("errors", 2)):
+            os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        Path(f"{folder}.pid").write_text(str(os.getpid()))
+        sys.argv[1:] = [*words, "--out_dir", folder]
+        run_recipe(main)
+        sys.exit()
+for _ in folders:
+    os.wait()
+"""
+
+
+@dataclass
+class Measuring:
+    """A process that measures: where, and the claim on the references that it waits for."""
+
+    out_dir: Path
+    claim: FileLock
+    launcher: subprocess.Popen
+
+    def read(self, name):
+        path = Path(f"{self.out_dir}.{name}")
+        return path.read_text() if path.exists() else ""
+
+    def go_on_until(self, holds, seconds=60):
+        """Lets the process go on, and waits for what it is to do."""
+        end = time.monotonic() + seconds
+        while not holds():
+            assert self.launcher.poll() is None or holds(), self.read("errors")
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def children(start_recipe, words, tmp_path_factory):
+def children(words, tmp_path_factory):
     """Two processes that wait for the claim on the references, as it takes long to import everything; and the claim."""
-    started = {}
-    for name in ("killed", "shared"):
-        out_dir = tmp_path_factory.mktemp(name) / "out"
-        (out_dir / ".claims").mkdir(parents=True)
-        claim = FileLock(claim_on(out_dir, 0))
-        claim.acquire()
-        started[name] = (start_recipe(RECIPE, *words, "--out_dir", out_dir), out_dir, claim)
-    yield started
-    for child, _, claim in started.values():
+    folders = {name: tmp_path_factory.mktemp(name) / "out" for name in ("killed", "shared")}
+    claims = {}
+    for name, folder in folders.items():
+        (folder / ".claims").mkdir(parents=True)
+        claims[name] = FileLock(claim_on(folder, 0))
+        claims[name].acquire()
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *map(str, words), *map(str, folders.values())],
+        stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    yield {name: Measuring(folder, claims[name], launcher) for name, folder in folders.items()}
+    for claim in claims.values():
         claim.release()
-        child.kill()
-        child.communicate()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
 
 
 @pytest.fixture(scope="module")
 def killed(children):
     """The folder of a measurement whose process was killed in the middle."""
-    child, out_dir, claim = children["killed"]
-    claim.release()
-    wait_until(child, lambda: len(read(out_dir / "trials.csv")) > 4)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    return out_dir
+    child = children["killed"]
+    child.claim.release()
+    child.go_on_until(lambda: len(read(child.out_dir / "trials.csv")) > 4)
+    os.kill(int(child.read("pid")), signal.SIGKILL)
+    return child.out_dir
 
 
 @pytest.fixture
@@ -154,15 +204,6 @@ def whole(words, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("whole") / "out"
     called_with(main, {**arguments, "out_dir": out_dir})
     return out_dir
-
-
-def wait_until(child, holds, seconds=60):
-    """Waits for what a process is to do, as long as it runs."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def read(path):
@@ -278,11 +319,11 @@ def test_table_does_not_depend_on_how_the_work_is_done(changes, whole, measure, 
     assert (tmp_path / "out/features").exists() == ("disk" in changes)
 
 
-def test_data_is_set_up_once(measure, monkeypatch, tmp_path):
+def test_data_is_set_up_once(measure_quickly, built_anew, monkeypatch):
     """Decoding thousands of clips takes long."""
     made, original = [], trial_setup.data_module
     monkeypatch.setattr(trial_setup, "data_module", lambda *arguments: made.append(1) or original(*arguments))
-    measure(tmp_path / "out")
+    measure_quickly("--layers", "", "--bias_depths", "1")
     assert len(made) == 1
 
 
@@ -329,11 +370,10 @@ def test_killed_and_begun_again_with_another_number_side_by_side(killed, whole, 
     assert len(read(tmp_path / "out/trials.csv")) == TRIALS
 
 
-@pytest.mark.parametrize("rows", [0, 3])
-def test_stopped_after_any_trial(rows, whole, finished, measure):
-    """The trials are written first, so the table may lack the last of them, or all."""
+def test_stopped_after_any_trial(whole, finished, measure):
+    """The trials are written first, so the table may lack the last of them."""
     lines = (finished / "trials.csv").read_text().splitlines(keepends=True)
-    (finished / "trials.csv").write_text("".join(lines[: rows + 1]))
+    (finished / "trials.csv").write_text("".join(lines[:4]))
     (finished / "contributions.csv").unlink()
     measure(finished)
     assert table_of(finished) == table_of(whole)
@@ -352,18 +392,17 @@ def test_stopped_between_the_last_trial_and_the_table(rows, whole, finished, mea
 
 def test_two_processes_share_the_work(children, whole, measure):
     """The last group is kept from both for a while, so that both are at it to the end."""
-    child, out_dir, claim = children["shared"]
+    child, out_dir = children["shared"], children["shared"].out_dir
     last = FileLock(claim_on(out_dir, -1), thread_local=False)
     last.acquire()
     timer = threading.Timer(1.5, last.release)
     timer.start()
-    wait_until(child, lambda: (out_dir / "config.yaml").exists())
-    claim.release()
+    child.go_on_until(lambda: (out_dir / "config.yaml").exists())
+    child.claim.release()
     made = made_here(measure(out_dir))
-    output, errors = child.communicate(timeout=60)
+    child.go_on_until(lambda: "next: " in child.read("output"))
     timer.join()
-    assert child.returncode == 0, errors
-    assert made + made_here(output) == TRIALS
+    assert made + made_here(child.read("output")) == TRIALS
     assert len(read(out_dir / "trials.csv")) == TRIALS
     assert table_of(out_dir) == table_of(whole)
 
@@ -498,39 +537,24 @@ def test_offline_run_holds_table_and_picture(finished, measure, monkeypatch, tmp
 # ---- wrong input
 
 
+# one of each kind; all that a plan refuses is in search/test_plan.py
 MISTAKES = {
+    "a list that is none": (("--bias_depths", "deep"), "'deep' is no list of numbers: separate them by commas"),
     "unknown layer": (("--layers", "features.99"), "features.99 is no convolution within base depth 6: the first is "
                       "features.16.conv.0.0"),
     "layer before the base depth": (("--layers", f"{ALL[0]},features.15.conv.2"),
                                     "features.15.conv.2 is no convolution within base depth 6: the first is features"),
-    "layers with blanks": (("--layers", "a b"), "'a b' has blanks in it: separate by commas"),
     "ratio 0": (("--ratios", "0,1"), rf"update ratio of {EXPANDING[0]} is 0\.0: give a number in \(0, 1\]"),
     "ratio above 1": (("--ratios", "1.5"), rf"update ratio of {EXPANDING[0]} is 1\.5: give a number in \(0, 1\]"),
-    "ratio NaN": (("--ratios", "nan"), rf"update ratio of {EXPANDING[0]} is nan: give a number in \(0, 1\]"),
     "ratio of no channel": (("--ratios", "0.01"), "update ratio 0.01 of .* is none of its 56 input"),
-    "ratio in words": (("--ratios", "half"), "'half' is no list of numbers: separate them by commas, as in 0.25,0.5"),
-    "ratios by semicolons": (("--ratios", "0.5;1"), "'0.5;1' is no list of numbers: separate them by commas"),
-    "bias depth in words": (("--bias_depths", "deep"), "'deep' is no list of numbers: separate them by commas"),
-    "bias depth a fraction": (("--bias_depths", "1.5"), r"'1\.5' is no list of numbers: separate them by commas"),
-    "bias depth beyond": (("--bias_depths", "3,7"), "bias depth 7 is out of its range: give 1 to the base depth, 6"),
-    "bias depth negative": (("--bias_depths", "-1"), "bias depth -1 is out of its range: give 1 to the base depth, 6"),
-    "base depth 0": (("--base_depth", 0), "base_depth is 0: give 1 or more"),
     "base depth 99": (("--base_depth", 99), "base_depth is 99: give 1 to 51, the network's convolutions"),
     "unknown data": (("--data", "mnist"), "data is .*mnist.*: give one of .*digits"),
     "unknown data option": (("--data_options", '{"colour": 1}'), "digits has no option 'colour': give one of "),
     "missing data_dir": (("--data", "cifar10"), "cifar10 lies in a folder: give it with --data_dir"),
-    "no seeds": (("--seeds", 0), "seeds is 0: give 1 or more"),
-    "none side by side": (("--side_by_side", 0), "side_by_side is 0: give 1 or more"),
-    "unknown features": (("--features", "cloud"), "features is .*cloud.*: give one of 'memory', 'disk', 'none'"),
     "limit": (("--features_limit_mib", 0.01), r"\d MiB, more than the limit of 0\.01 MiB: raise --features_limit"),
     "no steps": (("--steps", 0), "steps is 0: give 1 or more"),
     "steps in words": (("--steps", "many"), "steps is many: give a whole number"),
-    "no copies": (("--copies", 0), "copies is 0: give 1 or more"),
-    "batch size 0": (("--batch_size", 0), "batch_size is 0: give 1 or more"),
-    "resolution 0": (("--resolution", 0), "resolution is 0: give 1 or more"),
     "width 0": (("--width", 0), "width .*0"),
-    "learning rate 0": (("--learning_rate", 0), "learning_rate .*0"),
-    "learning rate NaN": (("--learning_rate", "nan"), "learning_rate .*nan"),
     "missing weights": (("--weights", "nowhere.ckpt"), "nowhere.ckpt does not exist"),
     "weights of another width": (("--width", 0.5), "give|build"),
     "unknown option": (("--epochs", 3), "epochs"),
@@ -554,12 +578,7 @@ def test_wrong_input(mistake, command, words, monkeypatch, tmp_path):
     ("changes", "message"),
     [
         (("--seeds", 3), "was begun with seeds 2, not 3"),
-        (("--steps", 21), "was begun with steps 10, not 21"),
-        (("--ratios", "1"), r"was begun with ratios 0\.25,1, not 1"),
-        (("--bias_depths", "6"), "was begun with bias_depths 2,4, not 6"),
-        (("--learning_rate", 0.2), r"was begun with learning_rate 1\.0, not 0\.2"),
         (("--data_options", '{"classes": [0, 1]}'), r"was begun with data_options \{\}, not \{'classes': \[0, 1\]\}"),
-        (("--weights", "none"), r"was begun with weights .*\.ckpt, not none"),
     ],
 )
 def test_another_measurement_in_the_folder_is_refused(changes, message, killed, command, words, tmp_path):
@@ -595,7 +614,7 @@ def test_a_file_in_place_of_the_folder_is_refused(command, words, tmp_path):
     assert ended.errors.endswith(": give another --out_dir\n")
 
 
-@pytest.mark.parametrize("content", ["", "data: [", "seeds"])
+@pytest.mark.parametrize("content", ["data: [", "seeds"])
 def test_a_damaged_configuration_is_refused(content, finished, command, words):
     (finished / "config.yaml").write_text(content)
     ended = command(RECIPE, *words, "--out_dir", finished)
@@ -604,10 +623,9 @@ def test_a_damaged_configuration_is_refused(content, finished, command, words):
     assert str(finished) in ended.errors
 
 
-@pytest.mark.parametrize("line", ["bias,3,,0.0,0", "bias,3,,0.0,0,much", "\0"])
-def test_damaged_trials_are_refused(line, finished, command, words):
+def test_damaged_trials_are_refused(finished, command, words):
     with (finished / "trials.csv").open("a") as file:
-        file.write(line + "\n")
+        file.write("bias,3,,0.0,0,much\n")
     ended = command(RECIPE, *words, "--out_dir", finished)
     assert ended.status == 2
     assert ended.errors.count("\n") == 1

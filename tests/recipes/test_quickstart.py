@@ -1,15 +1,20 @@
 """The quickstart, shortened to one epoch and one seed: what it leaves behind."""
 
 import json
+import operator
+import random
 import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import wandb
 from PIL import Image
 
+from microtune.datamodules.digits import Digits
+from microtune.modules.classifier import Classifier
 from microtune.modules.memory.microcontrollers import Fit, microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
 from microtune.modules.memory.training_memory import autograd_bytes_per_sample, extra_memory_bytes, flash_bytes
@@ -17,9 +22,12 @@ from microtune.modules.networks.mobilenet_v2 import mobilenet_v2
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.modules.user_error import UserError
 from microtune.recipes import quickstart
 from microtune.recipes.search.budget import Budget
+from microtune.recipes.search.contribution_trials import Update
 from microtune.recipes.search.table_search import make_problem
+from microtune.recipes.search.workers import Workers
 
 METHODS = ["classifier", "biases", "last_layers", "sub_tensor", "full", "evolved"]
 KEYS = {
@@ -46,7 +54,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SHORT.items():
             patch.setattr(quickstart, name, value)
-        report = quickstart.main(seeds=1, logger="none", out_dir=folder)
+        report = quickstart.main(seeds=1, processes=1, logger="none", out_dir=folder)
     return SimpleNamespace(folder=folder, report=report)
 
 
@@ -129,11 +137,32 @@ def test_evolution_keeps_to_what_gains(head_convolution, capsys):
     assert "its gains sum up to 23.0 points, those of the proven optimum to 23.0\n" in capsys.readouterr().out
 
 
-def test_contributions_are_reproducible_and_without_test_images(described, monkeypatch, capsys):
-    for name, value in {**SHORT, "BASE_DEPTH": 6, "BIAS_DEPTHS": "3"}.items():
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A network that knows a little, as other processes find it."""
+    found = quickstart.Pretrained(str(tmp_path_factory.mktemp("pretrained") / "pretrained.pth"), False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "PRETRAINING_EPOCHS", 4)
+        torch.save(quickstart.pretrain(quickstart.describe(False)), found.weights)
+    return found
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Few updates, and trainings of a moment."""
+    for name, value in {**SHORT, "BASE_DEPTH": 6, "BIAS_DEPTHS": (3,)}.items():
         monkeypatch.setattr(quickstart, name, value)
-    monkeypatch.setattr(quickstart.Digits, "test_dataloader", lambda self: pytest.fail("a test image was seen"))
-    tables = [quickstart.measure_contributions(described, described.network.state_dict()) for _ in range(2)]
+    quickstart.trials_from.cache_clear()
+    yield
+    quickstart.trials_from.cache_clear()
+
+
+def test_contributions_are_reproducible_and_without_test_images(short, pretrained, monkeypatch, capsys):
+    monkeypatch.setattr(Digits, "test_dataloader", lambda self: pytest.fail("a test image was seen"))
+    tables = []
+    for _ in range(2):
+        quickstart.trials_from.cache_clear()
+        tables.append(quickstart.measure_contributions(pretrained, Workers()))
     assert tables[0] == tables[1]
     assert [(row.kind, row.bias_depth, row.layer[:11]) for row in tables[0].rows] == [
         ("bias", 6, ""),
@@ -142,6 +171,49 @@ def test_contributions_are_reproducible_and_without_test_images(described, monke
         ("weight", 6, "features.17"),
     ]
     assert "measured the gains of 4 updates by 5 trainings of 2 steps" in capsys.readouterr().out
+
+
+def test_trainings_do_not_depend_on_what_their_process_did_before(short, pretrained, monkeypatch):
+    """So that the number of processes changes no result."""
+    updates = [Update("bias", 6), Update("weight", 6, "features.16.conv.0.0", 1.0)]
+    schemes = [None, UpdateScheme("mobilenet_v2-w0.35", 6, {"features.16.conv.0.0": 1.0})]
+    monkeypatch.setattr(quickstart, "TRIAL_STEPS", 20)
+    calls = [(quickstart.trial_top1, update, seed) for update in updates for seed in (0, 1)]
+    calls += [(quickstart.adapt, scheme, 1) for scheme in schemes]
+    first = [function(pretrained, *arguments) for function, *arguments in calls]
+    assert len(set(first)) > 3  # else they would be equal for the wrong reason
+    random.seed(0)
+    torch.manual_seed(5)
+    quickstart.trials_from.cache_clear()
+    backwards = [function(pretrained, *arguments) for function, *arguments in reversed(calls)]
+    assert backwards[::-1] == first
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_results_are_in_the_order_of_the_calls(processes):
+    workers = SimpleNamespace(processes=processes, map=lambda function, *of: list(map(function, *of)))
+    assert quickstart.evaluated(workers, "adding", operator.add, [1, 2, 3], [10, 20, 30]) == [11, 22, 33]
+
+
+def test_a_training_that_is_lost_with_its_process_is_an_error():
+    workers = SimpleNamespace(processes=2, map=lambda function, *of: [1.0, None])
+    with pytest.raises(UserError, match=r"a training was lost with its process, .*: give --processes 1"):
+        quickstart.evaluated(workers, "adding", operator.add, [1, 2], [10, 20])
+
+
+@pytest.mark.parametrize(("cores", "given", "taken"), [(2, None, 2), (64, None, 8), (64, 16, 16), (2, 1, 1)])
+def test_as_many_processes_as_there_are_cores(cores, given, taken, monkeypatch, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def started(processes):
+        assert processes == taken
+        raise Stop
+
+    monkeypatch.setattr(quickstart.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(quickstart, "Workers", started)
+    with pytest.raises(Stop):
+        quickstart.main(processes=given, logger="none", out_dir=tmp_path / "out")
 
 
 @pytest.mark.parametrize("path", SCHEMES, ids=lambda path: path.stem)
@@ -166,9 +238,9 @@ def test_mean_and_deviation_over_seeds(monkeypatch, capsys, tmp_path):
     """With training left out: the statistics, the table, and the line that says where everything lies."""
     top1 = {0: 0.5, 1: 0.75, 2: 0.7}
     monkeypatch.setattr(quickstart, "pretrain", lambda described: {})
-    monkeypatch.setattr(quickstart, "measure_contributions", lambda described, pretrained: TABLE)
-    monkeypatch.setattr(quickstart, "adapt", lambda described, pretrained, scheme, seed: top1[seed])
-    report = quickstart.main(seeds=3, logger="none", out_dir=tmp_path / "out")
+    monkeypatch.setattr(quickstart, "measure_contributions", lambda pretrained, workers: TABLE)
+    monkeypatch.setattr(quickstart, "adapt", lambda pretrained, scheme, seed: top1[seed])
+    report = quickstart.main(seeds=3, processes=1, logger="none", out_dir=tmp_path / "out")
     for row in report["methods"].values():
         assert row["top1_mean"] == pytest.approx(0.65)
         assert row["top1_std"] == pytest.approx(statistics.stdev(top1.values()))
@@ -195,20 +267,15 @@ def test_logs_to_weights_and_biases_offline(run, monkeypatch, tmp_path):
     assert picture.read_bytes() == (run.folder / "contributions.png").read_bytes()
 
 
-def test_adaptation_changes_what_its_scheme_updates(run, described, monkeypatch):
+def test_adaptation_changes_what_its_scheme_updates(run, described, pretrained, monkeypatch):
     """The network that is tested has a new classifier, the scheme's update, and else the pretrained weights."""
     monkeypatch.setattr(quickstart, "ADAPTATION_EPOCHS", 1)
-    monkeypatch.setattr(quickstart, "PRETRAINING_EPOCHS", 1)
-    pretrained = quickstart.pretrain(described)
-    modules = []
-    original = quickstart.Classifier
-    monkeypatch.setattr(
-        quickstart, "Classifier", lambda *words, **names: modules.append(original(*words, **names)) or modules[-1]
-    )
+    tested, original = [], Classifier.on_test_epoch_end
+    monkeypatch.setattr(Classifier, "on_test_epoch_end", lambda self: tested.append(self) or original(self))
     scheme = UpdateScheme.load(run.folder / "scheme_last_layers.json")
-    quickstart.adapt(described, pretrained, scheme, seed=0)
-    trained = modules[0].net.state_dict()
-    changed = {name for name in trained if not trained[name].equal(pretrained[name])}
+    quickstart.adapt(pretrained, scheme, seed=0)
+    trained, before = tested[0].net.state_dict(), pretrained.state()
+    changed = {name for name in trained if not trained[name].equal(before[name])}
     updated = [c.name for c in described.operations.convolutions[-scheme.bias_depth :]]
     expected = {f"{layer}.{part}" for layer in [*updated, "classifier.1"] for part in ("weight", "bias")}
     assert changed == expected

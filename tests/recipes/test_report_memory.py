@@ -33,16 +33,6 @@ def report(command, *words):
     return json.loads(ended.output)
 
 
-def test_json_is_one_object_and_nothing_else(process, scheme_file, tmp_path):
-    ended = process(
-        *("report_memory", "--network", "mobilenet_v2", "--width", 0.35, "--resolution", 128),
-        *("--scheme", scheme_file, "--mcu", "stm32f746", "--out_dir", tmp_path / "out", "--json"),
-    )
-    assert (ended.status, ended.errors) == (0, "")
-    assert isinstance(json.loads(ended.output), dict)
-    assert not (tmp_path / "out").exists()
-
-
 def test_json_holds_the_figures_of_the_library(command, scheme_file):
     figures = report(command, "--resolution", 128, "--scheme", scheme_file, "--mcu", "stm32f746")
     operations, scheme = operations_at(128), UpdateScheme.load(scheme_file)
