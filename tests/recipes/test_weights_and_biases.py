@@ -13,7 +13,10 @@ from microtune.modules.sparse_update.update_scheme import UpdateScheme
 
 @pytest.fixture(scope="module")
 def run(process, offline_run, tiny_run, as_words, scheme_file, tmp_path_factory):
-    """A training run with the default logger, by a user who is not logged in and cannot answer."""
+    """A training run with the default logger, by a user who is not logged in and cannot answer.
+
+    Of all tests the one in which a training recipe is run as a program to its end.
+    """
     home, out_dir = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("wandb") / "out"
     arguments = tiny_run("train_cifar") | {"epochs": 2, "scheme": scheme_file, "out_dir": out_dir}
     del arguments["logger"]

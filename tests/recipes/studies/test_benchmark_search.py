@@ -196,7 +196,7 @@ def test_stopped_benchmark_goes_on(by_table, jobs_done, tmp_path):
     ("changes", "message"),
     [
         (("--seeds", 3), "seeds 2, not 3"),
-        (("--evaluations", 100), "evaluations 200, not 100"),
+        (("--evaluations", 50), "evaluations 100, not 50"),
         (("--level", "accuracy"), "level table, not accuracy"),
         (("--final_steps", 5), "final_steps 160, not 5"),
         (("--accuracy_budget_kib", 32), "accuracy_budget_kib 48, not 32"),
