@@ -5,20 +5,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import matplotlib.pyplot as plt
-import wandb
 from rich.console import Console
 from rich.table import Table
 
-from microtune.modules.atomic_files import whole_file
 from microtune.modules.memory.microcontrollers import KIB
 from microtune.recipes.studies.result_rows import Result, budget_name, memory_and_kib, title_of
 from microtune.recipes.studies.student_interval import interval
-from microtune.recipes.training.loggers import make_loggers, wandb_run
 from microtune.recipes.training.options import LoggerName
+from microtune.recipes.training.pictures import drawn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WayAndNumbers = tuple[str, str]
 
@@ -94,19 +93,14 @@ def label_of(entry: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
 
 def draw_comparisons(comparisons: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the accuracy of every training, and the mean of each way, as a PNG: a panel for each comparison."""
-    matplotlib.use("Agg")
     most = max(len(comparison["ways"]) for comparison in comparisons)
-    figure, panels = plt.subplots(
-        len(comparisons), 1, figsize=(max(6, 1.5 * most), 4.5 * len(comparisons)), layout="constrained", squeeze=False
-    )
-    for axes, comparison in zip(panels[:, 0], comparisons, strict=True):
-        _draw_comparison(axes, comparison)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
+    size = (max(6, 1.5 * most), 4.5 * len(comparisons))
+    with drawn(path, len(comparisons), 1, figsize=size, squeeze=False) as panels:
+        for axes, comparison in zip(panels[:, 0], comparisons, strict=True):
+            _draw_comparison(axes, comparison)
 
 
-def _draw_comparison(axes: plt.Axes, comparison: dict[str, Any]) -> None:
+def _draw_comparison(axes: "Axes", comparison: dict[str, Any]) -> None:
     trained = [entry for entry in comparison["ways"] if entry["top1"]]
     ticks = []
     for place, entry in enumerate(trained):
@@ -162,6 +156,10 @@ def log_to_wandb(
     """Logs the results, the comparisons and the picture as one run."""
     if logger != "wandb":
         return
+    import wandb  # with Lightning's loggers it takes seconds, which a command line need not wait for
+
+    from microtune.recipes.training.loggers import make_loggers, wandb_run
+
     experiment = wandb_run(make_loggers(logger, out_dir, "compare_trainings"))
     if experiment is None:
         return

@@ -15,15 +15,10 @@ from pathlib import Path
 from microtune.modules.atomic_files import whole_file
 from microtune.modules.csv_rows import read_rows
 from microtune.modules.user_error import UserError
-from microtune.recipes.studies.result_pictures import (
-    NamedScheme,
-    draw_accuracy_over_memory,
-    draw_selection,
-    draw_updated_channels,
-)
 from microtune.recipes.studies.result_rows import (
     BUDGETS,
     METHODS,
+    NamedScheme,
     Result,
     data_sets_of,
     title_of,
@@ -130,6 +125,13 @@ def draw_all(
     rows: Sequence[Result], of_selection: Sequence[Result], schemes: Sequence[NamedScheme], out_dir: Path
 ) -> list[str]:
     """Draws the pictures of every data set; returns their names."""
+    # by need: the pictures' library takes a second to import
+    from microtune.recipes.studies.result_pictures import (
+        draw_accuracy_over_memory,
+        draw_selection,
+        draw_updated_channels,
+    )
+
     pictures = []
     for data in data_sets_of([*rows, *schemes, *of_selection]):
         for kind, draw, some in (

@@ -3,7 +3,6 @@
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from microtune.recipes.studies.result_rows import (
     BUDGETS,
     METHODS,
     NUMBERS,
+    NamedScheme,
     Result,
     budget_name,
     sorted_budgets,
@@ -37,28 +37,6 @@ COLORS = dict(zip(WITH_BUDGET, plt.get_cmap("tab10").colors, strict=False))
 MARKERS = dict(zip(WITH_BUDGET, "sv^oDP<", strict=True))
 GREY, BLUE, LIGHT_BLUE = "#e4e4e4", "#1f77b4", "#a9cbe6"
 ONE_CHANNEL = ("speech_commands", "mswc_arabic")  # spectrograms
-
-
-@dataclass(frozen=True)
-class NamedScheme:
-    """A scheme and what it was made for.
-
-    Args:
-        data: One of ``DATA``.
-        budget: One of ``BUDGETS``.
-        method: One of ``METHODS``.
-        scheme: Which channels of which layers.
-    """
-
-    data: str
-    budget: str
-    method: str
-    scheme: "UpdateScheme"
-
-    @property
-    def name(self) -> str:
-        """As its file is called."""
-        return f"{self.data}-{self.budget}-{self.method}"
 
 
 def draw_accuracy_over_memory(rows: Sequence[Result], path: Path | str) -> None:

@@ -3,13 +3,16 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from microtune.datamodules.data_sets import DATA_SETS
 from microtune.modules.memory.microcontrollers import KIB, MICROCONTROLLERS
 from microtune.modules.user_error import UserError
+
+if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
+    from microtune.modules.sparse_update.update_scheme import UpdateScheme
 
 # what the project measures, in the order of tables
 DATA = {
@@ -134,6 +137,28 @@ def memory_and_kib(budget: str) -> tuple[Literal["extra", "peak"], float | None]
             f"none, or one of {', '.join(MICROCONTROLLERS)}"
         )
     return found[1], float(found[2])
+
+
+@dataclass(frozen=True)
+class NamedScheme:
+    """A scheme and what it was made for.
+
+    Args:
+        data: One of ``DATA``.
+        budget: One of ``BUDGETS``.
+        method: One of ``METHODS``.
+        scheme: Which channels of which layers.
+    """
+
+    data: str
+    budget: str
+    method: str
+    scheme: "UpdateScheme"
+
+    @property
+    def name(self) -> str:
+        """As its file is called."""
+        return f"{self.data}-{self.budget}-{self.method}"
 
 
 def title_of(data: str) -> str:

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-BEING_REPLACED = ("compare_channel_selection", "compare_int8", "compare_schemes", "make_results", "measure_results")
 RUNNABLE = [
     path
     for folder in (RECIPES, RECIPES / "studies")
     for path in sorted(folder.glob("*.py"))
-    if path.read_text().endswith("    run_recipe(main)\n") and path.stem not in BEING_REPLACED
+    if path.read_text().endswith("    run_recipe(main)\n")
 ]
 SLOW = ("lightning", "torchvision", "torchaudio", "torchmetrics", "matplotlib", "scipy", "sklearn", "wandb")
 SLOW += ("soundfile", "distributed", "torch._dynamo")

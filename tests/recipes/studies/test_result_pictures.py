@@ -12,14 +12,13 @@ from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.studies import result_pictures
 from microtune.recipes.studies.result_pictures import (
-    NamedScheme,
     channel_grid,
     draw_accuracy_over_memory,
     draw_selection,
     draw_updated_channels,
     input_channels,
 )
-from microtune.recipes.studies.result_rows import Result
+from microtune.recipes.studies.result_rows import NamedScheme, Result
 
 BASE = Result(
     "cifar10", "fp32", "biases", "extra64", "weight_norm", 0, 0, 0.8, None, 61440.0, 171930.0, 47, 0, 0, 0.05, 1830,
