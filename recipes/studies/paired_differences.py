@@ -82,7 +82,9 @@ def title_of_comparison(comparison: dict[str, Any]) -> str:
     data, budget = title_of(comparison["data"]), comparison["budget"]
     if budget == "none":
         return data
-    return f"{data} within {budget_name(budget)}" + (" of extra memory" if budget.startswith("extra") else "")
+    is_device = not budget.startswith(("extra", "peak"))
+    within = f"the memory of {budget_name(budget)}" if is_device else budget_name(budget)
+    return f"{data} within {within}" + (" of extra memory" if budget.startswith("extra") else "")
 
 
 def label_of(entry: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:

@@ -7,7 +7,13 @@ import pytest
 from PIL import Image
 
 from microtune.recipes.studies import paired_differences
-from microtune.recipes.studies.paired_differences import compare, compare_all, draw_comparisons, print_report
+from microtune.recipes.studies.paired_differences import (
+    compare,
+    compare_all,
+    draw_comparisons,
+    print_report,
+    title_of_comparison,
+)
 from microtune.recipes.studies.result_rows import Result
 
 STUDENT_T_OF_2 = 12.7062  # of two seeds at 95 %, from a printed table
@@ -68,6 +74,19 @@ def test_accuracy_without_validation():
     (entry,) = compare([replace(ROWS[0], val_top1=None)], WAYS[:1], "extra")
     assert "val_top1_mean" not in entry
     assert entry["top1_std"] is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "title"),
+    [
+        ("none", "CIFAR-10"),
+        ("extra64", "CIFAR-10 within 64 KiB of extra memory"),
+        ("peak200", "CIFAR-10 within 200 KiB at the peak"),
+        ("stm32f746", "CIFAR-10 within the memory of STM32F746"),
+    ],
+)
+def test_titles(budget, title):
+    assert title_of_comparison({"data": "cifar10", "budget": budget}) == title
 
 
 # ---- what is shown
