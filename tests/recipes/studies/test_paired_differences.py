@@ -130,7 +130,7 @@ def test_printed_report(report, tmp_path, capsys):
 
 def test_nothing_is_logged_but_with_wandb(report, monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr(paired_differences, "make_loggers", lambda *of: made.append(of) or [])
+    monkeypatch.setattr("microtune.recipes.training.loggers.make_loggers", lambda *of: made.append(of) or [])
     for logger in ("none", "csv", "wandb"):
         paired_differences.log_to_wandb(logger, [], report, tmp_path, {})
     assert made == [("wandb", tmp_path, "compare_trainings")]
