@@ -1,6 +1,7 @@
 """The weights that exist for MobileNetV2: torchvision's, Keras' and our own checkpoints."""
 
 import logging
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -133,7 +134,14 @@ def input_shape_of_weights(source: str | Path) -> tuple[int, ...] | None:
 
 
 def _hyperparameters(checkpoint: str | Path) -> dict[str, Any]:
-    return _read_torch_file(_existing_file(checkpoint)).get("hyper_parameters", {})
+    path = _existing_file(checkpoint)
+    status = path.stat()
+    return _hyperparameters_of(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)  # a recipe asks ten times, and every answer is a whole file read
+def _hyperparameters_of(path: Path, modified_ns: int, size_bytes: int) -> dict[str, Any]:
+    return _read_torch_file(path).get("hyper_parameters", {})
 
 
 def _described_network(checkpoint: str | Path) -> dict[str, Any]:

@@ -299,6 +299,18 @@ def test_class_names_are_those_of_the_checkpoint(tmp_path):
         class_names_of_weights("nowhere.ckpt")
 
 
+def test_a_checkpoint_is_read_once_and_anew_when_it_has_changed(monkeypatch, tmp_path):
+    read, original = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: read.append(given) or original(*given, **options))
+    path = tmp_path / "last.ckpt"
+    for folded, padding in ((True, "symmetric"), (False, "keras")):
+        network = {"folded": folded, "padding": padding}
+        torch.save({"state_dict": {}, "hyper_parameters": {"network": network}}, path)
+        for _ in range(2):
+            assert (weights_are_folded(path), padding_of_weights(path)) == (folded, padding)
+    assert len(read) == 2
+
+
 def test_only_a_checkpoint_can_be_folded(tmp_path):
     path = save_checkpoint(tmp_path / "last.ckpt", mobilenet_v2(0.35, 2))
     assert not any(weights_are_folded(source) for source in ("none", "torchvision", "nowhere.pth", path))
