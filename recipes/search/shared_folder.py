@@ -7,7 +7,7 @@ from typing import Any
 from filelock import FileLock
 
 from microtune.modules.user_error import UserError
-from microtune.recipes.training.run_folder import read_config, write_config
+from microtune.recipes.training.run_folder import changed_argument, write_config
 
 CLAIMS = ".claims"  # where processes say what they are at
 
@@ -22,13 +22,11 @@ def check_shared_folder(out_dir: Path, arguments: dict[str, Any], may_change: Co
     """
     config = out_dir / "config.yaml"
     if config.exists():
-        begun = read_config(config)
-        for name, value in arguments.items():
-            if name not in may_change and name in begun and begun[name] != value:
-                raise UserError(
-                    f"the work in {out_dir} was begun with {name} {begun[name]}, not {value}: "
-                    f"go on with --config {config}, or give another --out_dir"
-                )
+        if changed := changed_argument(out_dir, arguments, may_change):
+            raise UserError(
+                f"the work in {out_dir} was begun with {changed}: go on with --config {config}, or give another "
+                "--out_dir"
+            )
         return
     try:
         strangers = [path.name for path in out_dir.iterdir() if path.name not in (CLAIMS, "features")]

@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,31 @@ def new_folder(parent: Path) -> Path:
 
 def refuse_another_run(out_dir: Path, arguments: dict[str, Any], scheme: UpdateScheme | None) -> None:
     """Raises ``UserError`` if the run in ``out_dir`` was started with other arguments or another scheme."""
-    started = read_config(out_dir / "config.yaml")
-    for name, value in arguments.items():
-        if name not in MAY_CHANGE and name in started and started[name] != value:
-            raise UserError(
-                f"the run in {out_dir} was started with {name} {started[name]}, not {value}: "
-                f"resume it with --config {out_dir / 'config.yaml'} --resume"
-            )
+    if changed := changed_argument(out_dir, arguments, MAY_CHANGE):
+        config = out_dir / "config.yaml"
+        raise UserError(f"the run in {out_dir} was started with {changed}: resume it with --config {config} --resume")
     kept = out_dir / "scheme.json"
     if scheme is not None and kept.exists() and UpdateScheme.load(kept) != scheme:
         raise UserError(f"the run in {out_dir} was started with another scheme, {kept}: resume it with that one")
+
+
+def changed_argument(out_dir: Path, arguments: dict[str, Any], may_change: Container[str]) -> str | None:
+    """The first argument that is another than what the work in the folder was begun with, in words; None if all are.
+
+    Args:
+        out_dir: Folder with a ``config.yaml``.
+        arguments: Flat and plain.
+        may_change: Arguments that may differ.
+
+    Example::
+
+        changed_argument(Path("runs/x"), {"epochs": 4}, may_change=())  # "epochs 3, not 4"
+    """
+    begun = read_config(out_dir / "config.yaml")
+    for name, value in arguments.items():
+        if name not in may_change and name in begun and begun[name] != value:
+            return f"{name} {begun[name]}, not {value}"
+    return None
 
 
 def read_config(path: Path) -> dict[str, Any]:
