@@ -98,8 +98,7 @@ def main(
     """The whole story in minutes, on data that needs no download: which updates fit an MCU, and what they buy.
 
     Args:
-        mcu: Microcontroller that the updates shall fit: stm32f746, stm32h743, stm32f411, stm32f407, stm32f412,
-            stm32f765, nrf52840, rp2040, rp2350, esp32s3 or imxrt1062.
+        mcu: Microcontroller that the updates shall fit.
         head_convolution: Whether the network has its last 1x1 convolution.
         seeds: Number of adaptations by each method, with other fresh classifiers and orders of samples.
         processes: Number of processes that train, one thread each; by default one for each core, at most 8. The results

@@ -50,8 +50,7 @@ def main(
 
     Args:
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits) or full.
-        mcu: Microcontroller: stm32f746, stm32h743, stm32f411, stm32f407, stm32f412, stm32f765, nrf52840, rp2040,
-            rp2350, esp32s3 or imxrt1062.
+        mcu: Microcontroller that a training step must fit.
         network: Network: mobilenet_v2, or the .safetensors file of an int8 network.
         width: Multiplier of the network's channels, by default 0.35; an int8 network has its own.
         resolution: Height and width of the input in pixels; of a spectrogram, its frames.

@@ -24,8 +24,7 @@ class SearchBudgetOptions:
     Args:
         memory: Kind of memory that has the budget: peak of a training step, or extra (the paper's figure).
         budget_kib: Budget in KiB, in place of a microcontroller.
-        mcu: Microcontroller that a training step must fit: stm32f746 (the default, unless another budget is given),
-            stm32h743, stm32f411, stm32f407, stm32f412, stm32f765, nrf52840, rp2040, rp2350, esp32s3 or imxrt1062.
+        mcu: Microcontroller that a training step must fit; by default stm32f746, unless another budget is given.
         sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
         flash_bytes: Flash for the frozen weights; describes another microcontroller, or replaces the named one's.
         reserve_bytes: SRAM that is not for training; describes another microcontroller, or replaces the named one's.

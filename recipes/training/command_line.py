@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from microtune.modules.memory.microcontrollers import MICROCONTROLLERS
 from microtune.modules.user_error import UserError
 
 
@@ -68,6 +69,9 @@ def parser_of(main: Callable[..., Any]) -> ArgumentParser:
     parser.add_function_arguments(main, as_group=False, skip=set(groups))
     for kind in groups.values():
         parser.add_class_arguments(kind, skip=own_parameters(main))
+    for action in parser._actions:
+        if action.dest == "mcu":  # named here, so that the table of microcontrollers is all that there is to change
+            action.help += f" Known are {', '.join(MICROCONTROLLERS)}."
     return parser
 
 

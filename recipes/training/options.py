@@ -39,9 +39,7 @@ class BudgetOptions:
         scheme: Update scheme: a JSON file, or classifier, biases, last_layers, sub_tensor (as much as fits the
             microcontroller) or full; none trains everything with batch norm, which no microcontroller does. By default
             sub_tensor where weights are given, and none from scratch.
-        mcu: Microcontroller that a training step must fit: stm32f746 (the default, unless sram_bytes describes
-            another), stm32h743, stm32f411, stm32f407, stm32f412, stm32f765, nrf52840, rp2040, rp2350, esp32s3 or
-            imxrt1062.
+        mcu: Microcontroller that a training step must fit; by default stm32f746, unless sram_bytes describes another.
         sram_bytes: SRAM that one buffer can use; describes another microcontroller, or replaces the named one's.
         flash_bytes: Flash for the frozen weights; describes another microcontroller, or replaces the named one's.
         reserve_bytes: SRAM that is not for training; describes another microcontroller, or replaces the named one's.

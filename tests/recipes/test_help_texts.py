@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from microtune.modules.memory.microcontrollers import MICROCONTROLLERS
 from microtune.recipes.training.command_line import parser_of
 
 ROOT = Path(__file__).parents[2]
@@ -29,3 +30,5 @@ def test_help_texts(name):
         assert not NO_NOUN.match(option.help), f"{option.dest}: {option.help}"
         assert "likewise" not in option.help.lower(), f"{option.dest}: {option.help}"
         assert option.help.rstrip().endswith("."), f"{option.dest}: {option.help}"
+        if option.dest == "mcu":
+            assert option.help.endswith(f"Known are {', '.join(MICROCONTROLLERS)}.")
