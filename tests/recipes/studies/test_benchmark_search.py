@@ -22,7 +22,7 @@ from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.studies import benchmark_search
 from microtune.recipes.studies.benchmark_search import draw_accuracy_level, made_table
-from microtune.recipes.training.command_line import run
+from microtune.recipes.training.command_line import run_recipe
 from microtune.recipes.training.networks import describe_network
 
 RECIPE = "benchmark_search"
@@ -31,7 +31,7 @@ BUDGETS = ["extra16", "extra64", "nrf52840"]  # two of extra memory are enough
 SEARCHES = ["evolution", "random", "random_x4", "blind", "blind_x4"]
 BUDGET_BYTES = 48 * 1024  # by accuracy
 ARMS = ["evolution", "random", "optimum"]
-TABLE = ("--level", "table", "--seeds", 2, "--evaluations", 200)
+TABLE = ("--level", "table", "--seeds", 2, "--evaluations", 100)
 ACCURACY = (
     *("--level", "accuracy", "--evaluations", 6, "--seeds", 1),
     *("--trial_steps", 2, "--final_steps", 2, "--final_seeds", 1),
@@ -77,7 +77,7 @@ def call(*words):
     """Runs the recipe in this process, also for a fixture of the whole module; returns what is in its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{RECIPE}.py", *map(str, words)])
-        results = run(benchmark_search.main)
+        results = run_recipe(benchmark_search.main)
     return SimpleNamespace(folder=words[words.index("--out_dir") + 1], results=results, words=words)
 
 
@@ -126,7 +126,7 @@ def test_nothing_beats_the_optimum_or_its_budget(by_table):
         assert all(0 < part <= 1 + 1e-9 for part in row["of_optimum"].values())
         assert row["within_budget"] is True
         assert row["optimum_score"] > 0
-        assert 0 < row["evaluations"] <= 200
+        assert 0 < row["evaluations"] <= 100
         assert row["processor_seconds"] > 0
 
 
@@ -196,7 +196,7 @@ def test_stopped_benchmark_goes_on(by_table, jobs_done, tmp_path):
     ("changes", "message"),
     [
         (("--seeds", 3), "seeds 2, not 3"),
-        (("--evaluations", 100), "evaluations 200, not 100"),
+        (("--evaluations", 50), "evaluations 100, not 50"),
         (("--level", "accuracy"), "level table, not accuracy"),
         (("--final_steps", 5), "final_steps 160, not 5"),
         (("--accuracy_budget_kib", 32), "accuracy_budget_kib 48, not 32"),

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import nn
 
+from microtune.datamodules.data_sets import DataSet
 from microtune.datamodules.digits import Digits
 from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.memory.peak_memory import PeakMemory
@@ -39,7 +40,6 @@ from microtune.recipes.studies.pruning_report import (
     verdicts,
 )
 from microtune.recipes.studies.structured_pruning import ChannelGroup, find_groups, remove_units
-from microtune.recipes.training.data_sets import CLASSES
 
 COMMITTED = Path(recipe.__file__).parents[1] / "results/pruning"
 SHAPE = (1, 16, 16)
@@ -351,7 +351,7 @@ def test_data_without_a_validation_split_are_refused(arguments, tmp_path, monkey
             super().setup(stage)
             self.val_samples = 0
 
-    monkeypatch.setitem(CLASSES, "digits", WithoutValidation)
+    monkeypatch.setattr(DataSet, "module_class", lambda _: WithoutValidation)
     with pytest.raises(UserError, match=r"judged on the validation split: leave validation_fraction 0 out"):
         recipe.main(**arguments, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
