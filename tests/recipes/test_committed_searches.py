@@ -24,9 +24,11 @@ from microtune.recipes.search.contribution_trials import (
     updates_to_measure,
     write_trials,
 )
+from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.plan import plan_measurement
 from microtune.recipes.search.shared_folder import CLAIMS
 from microtune.recipes.studies.benchmark_search import settings_of_measurement
-from microtune.recipes.training.command_line import numbers, parse, parser_of
+from microtune.recipes.training.command_line import parse, parser_of
 from microtune.recipes.training.networks import DescribedNetwork, describe_network
 
 ROOT = Path(__file__).parents[2]
@@ -157,8 +159,10 @@ def test_table_is_for_its_network(measurement, arguments, described):
 @pytest.fixture
 def updates(arguments, described):
     """What the configuration asks for."""
-    ratios = numbers(arguments["ratios"], float)
-    return updates_to_measure(described, arguments["base_depth"], arguments["layers"], ratios, arguments["bias_depths"])
+    settings = TrialSettings("digits", base_depth=arguments["base_depth"])
+    asked = (arguments[name] for name in ("layers", "ratios", "bias_depths", "seeds", "side_by_side"))
+    plan = plan_measurement(*asked, settings)
+    return updates_to_measure(described, settings.base_depth, plan.layers, plan.ratios, plan.bias_depths)
 
 
 def test_table_is_that_of_its_trials(measurement, arguments, updates):
