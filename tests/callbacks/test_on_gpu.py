@@ -18,10 +18,7 @@ from microtune.modules.networks.operations import find_operations
 from microtune.modules.sparse_update.scheme_application import AppliedScheme
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 GPU = "cuda"
 SIZE = 32
