@@ -22,6 +22,10 @@ from microtune.modules.int8.graph import (
     QuantizedGraph,
 )
 
+# where Python is told to write no bytecode, each of the many processes of the tests would compile PyTorch anew: 8 s
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache/bytecode")
+
 # the networks of the tests are small, and two busy jobs of two threads each slow one another many times
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -15,6 +15,7 @@ from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.options import TrialSettings
 from microtune.recipes.search.trials import network_and_data
 from microtune.recipes.search.workers import Workers
+from microtune.recipes.studies.options import TermOptions
 from microtune.recipes.studies.result_rows import Result
 from microtune.recipes.studies.seeded_trainings import Case, Training, best_rates
 from microtune.recipes.studies.transfer_tasks import TransferTask
@@ -54,16 +55,9 @@ class Study:
     Args:
         tasks, ways: By name.
         numbers, budgets: Those that are asked for.
-        seeds: How many trainings of each.
-        steps, epochs: Of every training; one of them.
-        batch_size: Of ways that do not say theirs.
-        learning_rate: Of ways that do not say theirs; None where the best of the task's is chosen.
-        rate_budget: Where it is chosen for all budgets; None for each budget its own.
-        warmup_fraction: Part of all steps in which the learning rate rises.
         base_depth: How deep searches look, and behind which layer features are kept.
         contributions: Table that random schemes are drawn from.
-        copies: Of the augmentation.
-        features, features_limit_mib: As in ``TrialSettings``.
+        terms: Of the trainings, with their defaults filled in; a learning rate of None is chosen from the task's.
         out_dir: Folder of everything.
     """
 
@@ -71,18 +65,9 @@ class Study:
     ways: dict[str, Way]
     numbers: Sequence[Numbers]
     budgets: Sequence[str]
-    seeds: int
-    steps: int | None
-    epochs: int | None
-    batch_size: int
-    learning_rate: float | None
-    rate_budget: str | None
-    warmup_fraction: float
     base_depth: int
     contributions: Path | None
-    copies: int
-    features: KeepName
-    features_limit_mib: float
+    terms: TermOptions
     out_dir: Path
 
     def settings(self, data: str, numbers: Numbers, way: Way = Way(), bias_depth: int = 0) -> TrialSettings:  # noqa: B008
@@ -92,17 +77,17 @@ class Study:
         depth = len(network.described.operations.convolutions)
         is_whole = bias_depth > self.base_depth
         base_depth = depth if is_whole else min(self.base_depth, depth)
-        batch_size = way.batch_size or self.batch_size
+        batch_size = way.batch_size or self.terms.batch_size
         steps_per_epoch = len(data_loader(range(network.train_samples), batch_size, shuffle_seed=0))
-        if self.epochs is not None:
-            steps = self.epochs * steps_per_epoch
+        if self.terms.epochs is not None:
+            steps = self.terms.epochs * steps_per_epoch
         else:  # as many samples, whatever the batch size
-            steps = max(1, round(self.steps * self.batch_size / batch_size))
-        copies = min(self.copies, math.ceil(steps / steps_per_epoch))
+            steps = max(1, round(self.terms.steps * self.terms.batch_size / batch_size))
+        copies = min(self.terms.copies, math.ceil(steps / steps_per_epoch))
         return task.trial_settings(
             numbers, base_depth=base_depth, steps=steps, batch_size=batch_size, copies=copies,
             # there is nothing to keep where nothing is frozen
-            features="none" if is_whole else self.features, features_limit_mib=self.features_limit_mib,
+            features="none" if is_whole else self.terms.features, features_limit_mib=self.terms.features_limit_mib,
             features_dir=str(self.out_dir / "features" / f"{data}-{numbers}-{base_depth}-{copies}"),
         )  # fmt: skip
 
@@ -117,7 +102,7 @@ class Study:
         ]
         found = {}
         for data, numbers in dict.fromkeys(wanted):
-            settings = self.tasks[data].trial_settings(numbers, batch_size=self.batch_size)
+            settings = self.tasks[data].trial_settings(numbers, batch_size=self.terms.batch_size)
             described, module = network_and_data(settings)
             found[data, numbers] = NetworkOnData(described, settings.source, module.train_samples, module.val_samples)
         return found
@@ -162,10 +147,10 @@ class Study:
         depth = len(self.described(case.data, numbers).operations.convolutions)
         features: KeepName = "none"  # a gradient looks at some hundred samples
         if source.scheme == "accuracy":
-            features = self.features
+            features = self.terms.features
         settings = task.trial_settings(
-            numbers, base_depth=min(self.base_depth, depth), batch_size=self.batch_size,
-            learning_rate=task.middle_rate, features=features, features_limit_mib=self.features_limit_mib,
+            numbers, base_depth=min(self.base_depth, depth), batch_size=self.terms.batch_size,
+            learning_rate=task.middle_rate, features=features, features_limit_mib=self.terms.features_limit_mib,
             # other steps see other augmented copies: not the folder of the trainings
             features_dir=str(self.out_dir / "features" / f"{case.data}-{numbers}-searches"),
         )  # fmt: skip
@@ -174,16 +159,16 @@ class Study:
 
     def rate_of(self, data: str, way: Way) -> float:
         """The learning rate of a way where none is chosen for it, in proportion to its batch size."""
-        base = self.tasks[data].middle_rate if self.learning_rate is None else self.learning_rate
+        base = self.tasks[data].middle_rate if self.terms.learning_rate is None else self.terms.learning_rate
         return way.learning_rate or base * self.share_of_batch(way)
 
     def chooses_rate(self, way: Way) -> bool:
         """Whether the learning rate of a way is chosen, and not given."""
-        return self.learning_rate is None and way.learning_rate is None
+        return self.terms.learning_rate is None and way.learning_rate is None
 
     def share_of_batch(self, way: Way) -> float:
         """The batch size of a way as a part of the study's."""
-        return (way.batch_size or self.batch_size) / self.batch_size
+        return (way.batch_size or self.terms.batch_size) / self.terms.batch_size
 
 
 def trainings_of(
@@ -202,8 +187,8 @@ def trainings_of(
         for seed, scheme in enumerate(schemes.get(case, ())):
             facts = facts_of(described, scheme, way) | {"search_seconds": search_seconds.get(case, 0.0)}
             settings = study.settings(case.data, case.numbers, way, scheme.bias_depth)
-            of_way = study.rate_of(case.data, way), study.chooses_rate(way), study.warmup_fraction
-            as_recipe = study.epochs is not None
+            of_way = study.rate_of(case.data, way), study.chooses_rate(way), study.terms.warmup_fraction
+            as_recipe = study.terms.epochs is not None
             trainings.append(Training(case, way, seed, settings, scheme.to_dict(), *of_way, as_recipe, facts=facts))
     return trainings
 
@@ -223,11 +208,11 @@ def with_chosen_rates(study: Study, trainings: Sequence[Training], workers: Work
     """The trainings at the learning rates that are chosen for their ways; without those that no rate was found for."""
 
     def group(case: Case, way: str) -> Case:
-        has_budget = study.rate_budget is None and study.ways[way].has_budget
+        has_budget = study.terms.rate_budget is None and study.ways[way].has_budget
         return replace(case, way=way, budget=case.budget if has_budget else "any")
 
     tried: dict[Case, Training] = {}
-    for training in sorted(trainings, key=lambda one: one.case.budget != study.rate_budget):
+    for training in sorted(trainings, key=lambda one: one.case.budget != study.terms.rate_budget):
         if training.is_rate_chosen and training.way.rate_of is None:
             tried.setdefault(group(training.case, training.case.way), training)
     rates_of = {
@@ -271,7 +256,9 @@ def keep_results(study: Study, trainings: Sequence[Training]) -> list[Result]:
     path = study.out_dir / "results.csv"
     rows = [row for training in trainings if (row := row_of(training, study.out_dir)) is not None]
     ours = {
-        (case.data, case.numbers, case.way, case.budget, seed) for case in study.cases() for seed in range(study.seeds)
+        (case.data, case.numbers, case.way, case.budget, seed)
+        for case in study.cases()
+        for seed in range(study.terms.seeds)
     }
     kept = read_rows(path, Result) if path.exists() else []
     write_rows(path, [*(row for row in kept if row.key not in ours), *rows], Result)
@@ -281,7 +268,7 @@ def keep_results(study: Study, trainings: Sequence[Training]) -> list[Result]:
 def missing_from(study: Study, trainings: Sequence[Training]) -> list[str]:
     """What is not there of what was asked for, in words, with the reason."""
     lines, planned = [], {(one.case, one.seed): one for one in trainings}
-    for case, seed in itertools.product(study.cases(), range(study.seeds)):
+    for case, seed in itertools.product(study.cases(), range(study.terms.seeds)):
         training = planned.get((case, seed))
         found = None if training is None else training.result(study.out_dir)
         if training is None:

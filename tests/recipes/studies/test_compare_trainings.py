@@ -26,6 +26,7 @@ from microtune.modules.search.short_training import TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes import train_cifar
 from microtune.recipes.studies import compare_trainings, seeded_trainings
+from microtune.recipes.studies.options import TermOptions
 from microtune.recipes.studies.result_rows import METHODS, Result
 from microtune.recipes.studies.seeded_trainings import Case
 from microtune.recipes.studies.study import Study, trainings_of
@@ -101,7 +102,7 @@ def words(arguments):
 def whole(arguments, tmp_path_factory):
     """The folder of a study that nothing interrupted."""
     out_dir = tmp_path_factory.mktemp("whole") / "out"
-    compare_trainings.main(**arguments, out_dir=out_dir)
+    compared(**arguments, out_dir=out_dir)
     return out_dir
 
 
@@ -141,6 +142,11 @@ def rows_of(folder):
 
 def report_of(folder):
     return json.loads((folder / "report.json").read_text())
+
+
+def compared(**arguments):
+    """What the study reports: its arguments flat, as the command line has them."""
+    return called_with(compare_trainings.main, arguments)
 
 
 # ---- what it writes
@@ -213,7 +219,7 @@ def test_training_is_that_of_the_training_recipe(
     name = "mobilenet_v2_w035_keras_imagenet_notop.npz"
     weights = str(shared_data / "weights" / name) if of_keras else arguments["weights"]
     changes = {"weights": weights, "ways": f"evolved={evolved_file}" if way == "evolved" else way, "batch_size": 30}
-    compare_trainings.main(**arguments | changes, out_dir=tmp_path / "out")
+    compared(**arguments | changes, out_dir=tmp_path / "out")
     scheme = tmp_path / f"out/schemes/cifar10-{'none' if way == 'classifier' else 'extra100'}-{way}.json"
     report = called_with(train_cifar.main, {
         "data_dir": arguments["data_dir"], "weights": weights, "resolution": 32, "epochs": 2, "batch_size": 30,
@@ -276,7 +282,7 @@ def test_results_are_written_as_soon_as_they_are_known(arguments, pretended, tmp
                 time.sleep(0.01)
 
     monkeypatch.setattr(seeded_trainings, "train_once", slow)
-    compare_trainings.main(**arguments, out_dir=tmp_path / "out")
+    compared(**arguments, out_dir=tmp_path / "out")
     assert 1 <= kept[0] < kept[-1] == 8
 
 
@@ -368,15 +374,13 @@ def test_folder_of_another_process_is_refused(finished, command, words):
 # ---- on equal terms
 
 
-def study_of(ways, tmp_path, **changes):
+def study_of(ways, tmp_path, base_depth=36, **terms):
     task = TransferTask("digits", "none", data_options={"classes": [0, 1]}, resolution=32, learning_rates=(0.1, 0.2))
-    values = {
-        "tasks": {"digits": task}, "ways": load_ways(ways), "numbers": ["fp32"], "budgets": ["extra64"], "seeds": 2,
-        "steps": 20, "epochs": None, "batch_size": 32, "learning_rate": 0.1, "rate_budget": None,
-        "warmup_fraction": 0.2, "base_depth": 36, "contributions": None, "copies": 4, "features": "disk",
-        "features_limit_mib": 100.0, "out_dir": tmp_path,
-    }  # fmt: skip
-    return Study(**values | changes)
+    given = {"learning_rate": 0.1, "warmup_fraction": 0.2, "seeds": 2, "features_limit_mib": 100.0} | terms
+    if "epochs" not in given:
+        given = {"steps": 20} | given
+    terms = TermOptions(**given).filled_in(has_task_rates=False)
+    return Study({"digits": task}, load_ways(ways), ["fp32"], ["extra64"], base_depth, None, terms, tmp_path)
 
 
 def planned(study):
@@ -413,8 +417,8 @@ def test_terms_are_equal(tmp_path):
     [
         ({"steps": 20}, 20, 3),  # 260 samples are nine batches
         ({"steps": 100}, 100, 4),
-        ({"steps": None, "epochs": 6, "copies": 6}, 54, 6),
-        ({"steps": None, "epochs": 1, "copies": 1, "batch_size": 7}, 37, 1),  # without the last one, of one sample
+        ({"epochs": 6}, 54, 6),
+        ({"epochs": 1, "batch_size": 7}, 37, 1),  # without the last one, of one sample
     ],
 )
 def test_steps_and_augmentations(changes, steps, copies, tmp_path):
@@ -423,7 +427,7 @@ def test_steps_and_augmentations(changes, steps, copies, tmp_path):
 
 
 def test_with_epochs_each_seed_augments_in_its_own_way(tmp_path):
-    trainings = planned(study_of("biases", tmp_path, steps=None, epochs=1))
+    trainings = planned(study_of("biases", tmp_path, epochs=1))
     assert [one.recipe_seed for one in trainings] == [0, 1]
     assert [one.recipe_seed for one in planned(study_of("biases", tmp_path))] == [None, None]
 
@@ -439,7 +443,7 @@ def test_schemes_deeper_than_the_base_depth_train_the_whole_network(tmp_path):
 
 def test_default_learning_rate_and_width(arguments, pretended, tmp_path):
     changes = {"ways": "biases,last_layers", "weights": "none", "width": 0.5, "learning_rate": None, "seeds": 1}
-    report = compare_trainings.main(**arguments | changes, out_dir=tmp_path / "out")
+    report = compared(**arguments | changes, out_dir=tmp_path / "out")
     assert {one.learning_rate for one in pretended} == {0.1 / 256 * 16}
     assert {one.settings.width for one in pretended} == {0.5}
     assert UpdateScheme.load(tmp_path / "out/schemes/cifar10-extra100-biases.json").network == "mobilenet_v2-w0.5"
@@ -455,7 +459,7 @@ def test_rates_are_chosen_where_they_are_asked_for(arguments, pretended, tmp_pat
     """By another seed and the validation split, at one budget, in proportion to the batch; or that of another way."""
     ways = "biases,alone=biases:batch_size=8,like=biases:criterion=random:rate_of=alone,fixed=biases:learning_rate=3"
     changes = {"ways": ways, "learning_rate": None, "learning_rates": "0.1,0.4", "budgets": "extra64,extra100"}
-    compare_trainings.main(**arguments | changes | {"rate_budget": "extra100"}, out_dir=tmp_path / "out")
+    compared(**arguments | changes | {"rate_budget": "extra100"}, out_dir=tmp_path / "out")
     tried = [one for one in pretended if one.splits == ("val",)]
     assert {one.seed for one in tried} == {1000}
     assert {one.case.budget for one in tried} == {"extra100"}
@@ -500,7 +504,7 @@ def methods(tmp_path_factory):
 def measured(data_sets, methods, tmp_path_factory):
     """The folder of a study of every method."""
     out_dir = tmp_path_factory.mktemp("results") / "run"
-    compare_trainings.main(data_sets=data_sets, ways_file=methods, budgets="extra64", **TINY, out_dir=out_dir)
+    compared(data_sets=data_sets, ways_file=methods, budgets="extra64", **TINY, out_dir=out_dir)
     return out_dir
 
 
@@ -543,16 +547,14 @@ def test_searches_are_done_once(measured, data_sets, methods, trained, tmp_path,
     folder = tmp_path / "again"
     shutil.copytree(measured, folder)
     monkeypatch.setattr(compare_trainings, "search_once", lambda search: pytest.fail(f"{search.folder} again"))
-    compare_trainings.main(data_sets=data_sets, ways_file=methods, budgets="extra64", **TINY, out_dir=folder)
+    compared(data_sets=data_sets, ways_file=methods, budgets="extra64", **TINY, out_dir=folder)
     assert not trained
     assert rows_of(folder) == rows_of(measured)
 
 
 def test_a_failed_search_is_missing(data_sets, pretended, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(compare_trainings, "search_once", lambda search: "it went wrong")
-    report = compare_trainings.main(
-        data_sets=data_sets, ways="biases,gradient", budgets="extra64", **TINY, out_dir=tmp_path / "out"
-    )
+    report = compared(data_sets=data_sets, ways="biases,gradient", budgets="extra64", **TINY, out_dir=tmp_path / "out")
     assert report["missing"] == [
         "gradient in fp32 within extra64 on cifar10, seed 0: no scheme or learning rate was found for it"
     ]
@@ -732,6 +734,8 @@ MISTAKES = {
     "processes 0": (("--processes", 0), "processes is 0: give 1 or more"),
     "batch_size 0": (("--batch_size", 0), "batch_size is 0: give 1 or more"),
     "missing table": (("--contributions", "nowhere.csv"), r"nowhere\.csv: .*cannot"),
+    "scheme before data": (("--ways", "a=nowhere.json", "--data_dir", "absent"), r"nowhere\.json: cannot read the upd"),
+    "budget before all": (("--ways", "a=nowhere.json", "--budgets", "z80"), "budget is 'z80': give KiB of extra"),
     "missing weights": (("--weights", "nowhere.npz"), r"nowhere\.npz"),
     "other network": (("--network", "resnet18"), "network is 'resnet18': give mobilenet_v2, or the .safetensors file"),
     "width": (("--width", 0.5), "the scheme is for mobilenet_v2-w0.35, but the network is mob"),
