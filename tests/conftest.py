@@ -1,10 +1,20 @@
 """What several tests need."""
 
-import gc
 import os
+import sys
+from pathlib import Path
+
+# where Python is told to write no bytecode, each of the many processes of the tests would compile PyTorch anew: 8 s
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache/bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
+import gc
+import multiprocessing
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +31,6 @@ from microtune.modules.int8.graph import (
     QuantizedConvolution,
     QuantizedGraph,
 )
-
-# where Python is told to write no bytecode, each of the many processes of the tests would compile PyTorch anew: 8 s
-if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache/bytecode")
 
 # the networks of the tests are small, and two busy jobs of two threads each slow one another many times
 torch.set_num_threads(1)
@@ -71,6 +77,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data not found beside the project: ../shared/data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """What starts processes that have imported all that this one has, which takes most of a small training's time."""
+    if torch.cuda.is_available():
+        pytest.skip("autograd cannot fork where it has threads for a GPU: run with CUDA_VISIBLE_DEVICES= to hide it")
+    return multiprocessing.get_context("fork")
 
 
 def write_cifar(folder: Path, files: list[str], images: int, num_classes: int, key: str) -> None:

@@ -28,7 +28,7 @@ def find_batch_norm(network: nn.Module) -> str | None:
 def fold_batch_norm(network: nn.Module, input_shape: tuple[int, int, int]) -> nn.Module:
     """Returns a copy without batch norm, whose convolutions have a bias and give the same outputs in eval mode.
 
-    Which convolution a batch norm follows is found by running the copy once on zeros. Convolutions keep their names, a
+    Which convolution a batch norm follows is found by running it once on zeros. Convolutions keep their names, a
     batch norm becomes an ``nn.Identity``, every parameter requires a gradient. To load a checkpoint of a folded
     network, fold a fresh one and load into that.
 
@@ -46,17 +46,21 @@ def fold_batch_norm(network: nn.Module, input_shape: tuple[int, int, int]) -> nn
         folded = fold_batch_norm(torchvision.models.resnet18(), (3, 224, 224))
         folded.conv1.bias.shape  # (64,)
     """
-    folded = copy.deepcopy(network)
-    if find_batch_norm(folded) is None:
-        return folded
-    _check_not_shared(folded)
-    for norm_name, convolution_name in _convolutions_before_batch_norm(folded, input_shape).items():
-        convolution, norm = folded.get_submodule(convolution_name), folded.get_submodule(norm_name)
+    return fold_batch_norm_(copy.deepcopy(network), input_shape)
+
+
+def fold_batch_norm_(network: nn.Module, input_shape: tuple[int, int, int]) -> nn.Module:
+    """``fold_batch_norm`` in place; returns the network."""
+    if find_batch_norm(network) is None:
+        return network
+    _check_not_shared(network)
+    for norm_name, convolution_name in _convolutions_before_batch_norm(network, input_shape).items():
+        convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-        folded.set_submodule(norm_name, nn.Identity().train(norm.training))
-    return folded.requires_grad_(True)
+        network.set_submodule(norm_name, nn.Identity().train(norm.training))
+    return network.requires_grad_(True)
 
 
 def _check_not_shared(network: nn.Module) -> None:

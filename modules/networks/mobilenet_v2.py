@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microtune.modules.networks.batch_norm_folding import fold_batch_norm
+from microtune.modules.networks.batch_norm_folding import fold_batch_norm_
 from microtune.modules.user_error import UserError
 
 Padding = Literal["symmetric", "keras"]
@@ -206,7 +206,7 @@ def build_network(
         build_network(width=0.35, num_classes=10, folded=True)
     """
     network = mobilenet_v2(width, num_classes, in_channels, head_convolution, padding)
-    return fold_batch_norm(network, (in_channels, 64, 64)) if folded else network
+    return fold_batch_norm_(network, (in_channels, 32, 32)) if folded else network
 
 
 def network_name(width: float, head_convolution: bool) -> str:

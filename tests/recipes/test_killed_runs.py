@@ -1,10 +1,10 @@
 """A run that is killed ends, resumed, as one never killed: in floating point and in int8."""
 
 import csv
-import json
+import logging
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,22 +14,7 @@ import torch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-EPOCHS = 8
-# recipes side by side, for which Lightning is imported once; prints the process of each
-SIDE_BY_SIDE = """
-import json, os, runpy, sys
-import microtune.recipes.training.run
-for words in json.loads(sys.argv[1]):
-    child = os.fork()
-    if child == 0:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
-        os._exit(0)
-    print(child, flush=True)
-for _ in json.loads(sys.argv[1]):
-    child, status = os.wait()
-    print(child, os.waitstatus_to_exitcode(status), flush=True)
-"""
+EPOCHS = 5
 RECIPE = Path(__file__).parents[2] / "recipes/train_cifar.py"
 
 
@@ -41,34 +26,34 @@ def runs(tiny_run, write_network) -> dict[str, dict]:
     return {"float": run | {"momentum": 0.9}, "int8": run | int8}
 
 
+def run_as_program(words: list[str], errors: Path) -> None:
+    """What a forked process does."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w")
+    logging.getLogger().handlers.clear()  # pytest's
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
 @pytest.fixture
-def killed(runs, as_words, tmp_path) -> tuple[dict[str, Path], str]:
+def killed(fork, runs, as_words, tmp_path) -> tuple[dict[str, Path], str]:
     """Their folders, and what they printed to standard error before they were killed: each after its first epoch."""
     folders = {name: tmp_path / f"killed_{name}" for name in runs}
-    commands = [[str(RECIPE), *as_words(run | {"out_dir": folders[name]})] for name, run in runs.items()]
-    starter = subprocess.Popen(
-        [sys.executable, "-c", SIDE_BY_SIDE, json.dumps(commands)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
     children = {}
-    try:
-        for name in runs:
-            children[name] = int(starter.stdout.readline())
-        waited_until = time.monotonic() + 100
-        while children:
-            assert starter.poll() is None, starter.stderr.read()
-            assert time.monotonic() < waited_until
-            for name in [name for name in children if (folders[name] / "last.ckpt").exists()]:
-                os.kill(children.pop(name), signal.SIGKILL)
-            time.sleep(0.002)
-        output, errors = starter.communicate(timeout=100)
-    finally:
-        for child in children.values():
-            os.kill(child, signal.SIGKILL)
-        starter.kill()
-    statuses = [int(line.split()[-1]) for line in output.splitlines() if " " in line]
-    assert statuses == [-signal.SIGKILL] * len(runs)
-    return folders, errors
+    for name, run in runs.items():
+        words = [str(RECIPE), *as_words(run | {"out_dir": folders[name]})]
+        children[name] = fork.Process(target=run_as_program, args=(words, tmp_path / f"{name}.errors"), daemon=True)
+        children[name].start()
+    waited_until = time.monotonic() + 100
+    while any(child.is_alive() for child in children.values()):
+        assert time.monotonic() < waited_until
+        for name, child in children.items():
+            if (folders[name] / "last.ckpt").exists():
+                child.kill()
+        time.sleep(0.002)
+    errors = {name: (tmp_path / f"{name}.errors").read_text() for name in runs}
+    assert {name: child.exitcode for name, child in children.items()} == dict.fromkeys(runs, -signal.SIGKILL), errors
+    return folders, errors["int8"]
 
 
 def test_killed_runs_end_as_ones_never_killed(killed, runs, called, checkpoint_of, report_of, tmp_path):

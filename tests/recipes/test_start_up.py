@@ -78,7 +78,7 @@ def test_recipes_were_found():
     assert len(RUNNABLE) >= 15
 
 
-@pytest.mark.parametrize("recipe", map(module_of, RUNNABLE))
+@pytest.mark.parametrize("recipe", [module_of(path) for path in RUNNABLE])
 def test_help_imports_nothing_that_takes_long(recipe, imported):
     assert imported[f"{recipe} --help"] == []
 
