@@ -88,6 +88,19 @@ class Int8Update:
     gradient_scaling: bool = True
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a trained network is worth on a split.
+
+    Args:
+        top1: Accuracy, a fraction.
+        cross_entropy: Mean loss in nats per sample; no number where the training diverged.
+    """
+
+    top1: float
+    cross_entropy: float
+
+
 class TrialTraining:
     """Trains candidate schemes for a number of steps and tells their accuracy on the validation split.
 
@@ -165,7 +178,7 @@ class TrialTraining:
             UserError: A scheme reaches into the trunk.
         """
         candidates = self.train(schemes, seed, learning_rate, choice)
-        return {split: self.top1(candidates, split) for split in splits}
+        return {split: [one.top1 for one in self.evaluate(candidates, split)] for split in splits}
 
     def train(
         self,
@@ -217,13 +230,14 @@ class TrialTraining:
                 )
         return candidates
 
-    def top1(self, candidates: Sequence["Candidate"], split: Split) -> list[float]:
-        """Top-1 of each of the trained networks; nothing may be chosen by that on ``"test"``."""
-        correct = [0] * len(candidates)
+    def evaluate(self, candidates: Sequence["Candidate"], split: Split) -> list[Evaluation]:
+        """What each of the trained networks is worth; nothing may be chosen by that on ``"test"``."""
+        sums = torch.zeros(len(candidates), 2, dtype=torch.float64)
         for features, labels in self.features.evaluation_batches(split):
             for index, candidate in enumerate(candidates):
-                correct[index] += candidate.correct(features, labels)
-        return [count / self.features.samples[split] for count in correct]
+                sums[index] += candidate.correct_and_loss(features, labels)
+        samples = self.features.samples[split]
+        return [Evaluation(correct / samples, loss / samples) for correct, loss in sums.tolist()]
 
     def _choosing_batches(self, choice: Choice, seed: int, step: int) -> list[Batch]:
         """The first batches of the epoch that the step is in."""
@@ -302,6 +316,8 @@ class Candidate:
         self.loss = float(loss.detach())
 
     @torch.no_grad()
-    def correct(self, features: Tensor, labels: Tensor) -> int:
-        """How many of a batch the network gets right."""
-        return int((self.network.eval()(features).argmax(dim=1) == labels).sum())
+    def correct_and_loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """How many of a batch the network gets right, and its loss, summed over the samples: float64 of shape (2,)."""
+        logits = self.network.eval()(features)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return torch.stack([(logits.argmax(dim=1) == labels).sum(), loss]).double()

@@ -96,7 +96,10 @@ class Training:
         return out_dir / "trainings" / f"{self.key}.json"
 
     def result(self, out_dir: Path) -> dict[str, Any] | None:
-        """Accuracies, the last loss (None if it is no number) and seconds, if it is done; else None."""
+        """Accuracies and losses of the splits, the last loss in training and seconds, if it is done; else None.
+
+        A loss that is no number is None.
+        """
         path = self.file(out_dir)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -117,10 +120,20 @@ def train_once(training: Training, path: str) -> None:
         training.way.choice,
         training.way.int8_update, training.warmup_fraction,
     )  # fmt: skip
-    top1 = {split: trial.top1(trained, split)[0] for split in training.splits if trial.features.samples[split]}
-    loss = trained[0].loss if math.isfinite(trained[0].loss) else None
-    found = {"training": str(training), "top1": top1, "loss": loss, "seconds": time.monotonic() - started}
+    splits = [split for split in training.splits if trial.features.samples[split]]
+    evaluated = {split: trial.evaluate(trained, split)[0] for split in splits}
+    found = {
+        "training": str(training),
+        "top1": {split: one.top1 for split, one in evaluated.items()},
+        "cross_entropy": {split: _finite(one.cross_entropy) for split, one in evaluated.items()},
+        "loss": _finite(trained[0].loss),
+        "seconds": time.monotonic() - started,
+    }
     write_json(path, found)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def train_all(
