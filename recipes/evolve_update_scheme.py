@@ -38,6 +38,7 @@ from microtune.recipes.search.plan import plan_search
 from microtune.recipes.search.provenance import provenance_of
 from microtune.recipes.search.report import draw_front, print_computed, print_front, print_report
 from microtune.recipes.search.run import RECIPE, begin_search, run_search
+from microtune.recipes.search.rungs import Rungs
 from microtune.recipes.search.table_search import make_problem, searched_network, searched_table, table_search
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import flat, run_recipe
@@ -117,7 +118,9 @@ def main(
         out_dir = begin_search(out_dir, arguments, resume)
         if plan.is_gradient and settings.source == "none":
             log.warning("schemes update little of a network that has learnt nothing: give --weights")
-        report = run_search(search, plan.effort, settings, plan.budget, workers, arguments, logger, out_dir, started)
+        report = run_search(
+            search, plan.effort, plan.rungs, settings, plan.budget, workers, arguments, logger, out_dir, started
+        )
     tell = print_computed if plan.is_computed else print_report
     tell(report, UpdateScheme.load(out_dir / "scheme.json"), out_dir)
     return report
@@ -144,10 +147,10 @@ def search_all_mcus(
                 rows[-1]["too_small"] = str(error)
                 continue
             random.seed(effort.seed)
-            hall = evolve(
-                problem, make_toolbox(problem), effort.evaluations, effort.population, [], SearchState(), lambda _: None
+            rungs = Rungs((1,), effort.evaluations)
+            best, *_ = evolve(
+                problem, make_toolbox(problem), rungs, effort.population, [], SearchState(), lambda _: None
             )
-            best = tuple(hall[0])
             found = {"score": problem.score(best), "optimum_score": proven_optimum(problem).score}
             rows[-1] |= {**found, "memory_bytes": problem.memory_bytes(best)}
             of_one = {**arguments, "all_mcus": None, "mcu": name, "finalists": 0}

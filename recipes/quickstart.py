@@ -56,6 +56,7 @@ from microtune.recipes.search.contribution_trials import (
     updates_to_measure,
 )
 from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox
+from microtune.recipes.search.rungs import Rungs
 from microtune.recipes.search.table_search import make_problem
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import check_at_least_one, flat, run_recipe
@@ -262,8 +263,9 @@ def evolve_scheme(described: DescribedNetwork, table: ContributionTable, device:
     """The scheme with the highest sum of gains that the genetic algorithm finds within the microcontroller's budget."""
     problem = make_problem(described, table, Budget("peak", device.budget_bytes, device))
     random.seed(0)
-    hall = evolve(problem, make_toolbox(problem), EVALUATIONS, POPULATION, [], SearchState(), lambda _: None)
-    best, optimum = tuple(hall[0]), proven_optimum(problem)
+    rungs = Rungs((1,), EVALUATIONS)
+    best, *_ = evolve(problem, make_toolbox(problem), rungs, POPULATION, [], SearchState(), lambda _: None)
+    optimum = proven_optimum(problem)
     score = problem.score(best)
     words = ["recipes/quickstart.py", "--mcu", device.name]
     if described.arguments["head_convolution"]:

@@ -188,6 +188,7 @@ class TrialTraining:
         choice: Choice | None = None,
         int8_update: Int8Update | None = None,
         warmup_fraction: float | None = None,
+        steps: int | None = None,
     ) -> list["Candidate"]:
         """Trains a network under each of the schemes.
 
@@ -198,6 +199,7 @@ class TrialTraining:
             choice: As in ``accuracies_on``.
             int8_update: Of an int8 network; by default with scaled gradients, and in place.
             warmup_fraction: In place of that of the trials.
+            steps: In place of those of the trials; the schedule of learning rates ends with them.
 
         Returns:
             What was trained; a loss that is no number says that it diverged.
@@ -207,16 +209,17 @@ class TrialTraining:
         """
         choice = choice or Choice()
         peak = self.learning_rate if learning_rate is None else learning_rate
-        warmup_steps = round((self.warmup_fraction if warmup_fraction is None else warmup_fraction) * self.steps)
+        steps = self.steps if steps is None else steps
+        warmup_steps = round((self.warmup_fraction if warmup_fraction is None else warmup_fraction) * steps)
         candidates = [self._candidate(scheme, seed, int8_update or Int8Update()) for scheme in schemes]
         chosen_at_step = 0 if choice.criterion == "weight_norm" else None  # candidates begin with the largest weights
-        for step, (features, labels) in enumerate(self.features.training_batches(self.batch_size, seed, self.steps)):
+        for step, (features, labels) in enumerate(self.features.training_batches(self.batch_size, seed, steps)):
             if is_due(step, chosen_at_step, choice.rechoose_every):
                 chosen_at_step = step
                 samples = self._choosing_batches(choice, seed, step)
                 for candidate in candidates:
                     candidate.choose(choice.criterion, seed, step, samples)
-            factor = learning_rate_factor(step, warmup_steps, self.steps)
+            factor = learning_rate_factor(step, warmup_steps, steps)
             for candidate in candidates:
                 candidate.step(features, labels, peak * factor)
         for scheme, candidate in zip(schemes, candidates, strict=True):

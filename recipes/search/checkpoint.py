@@ -10,6 +10,7 @@ from typing import Any
 from microtune.modules.atomic_files import write_json
 from microtune.modules.search.integer_program import Genome
 from microtune.modules.user_error import UserError
+from microtune.recipes.search.rungs import Known, fitness_of
 
 
 @dataclass
@@ -19,7 +20,8 @@ class SearchState:
     Args:
         generation: The last finished one.
         population: Genomes of the survivors.
-        fitness: Every genome evaluated so far with its fitness, in the order of evaluation; None if it was lost.
+        fitness: Every genome evaluated so far, in that order, with its fitness on each rung that it was on; None where
+            the evaluation was lost.
         history: A record of each generation.
         random_state: Of Python's global random numbers.
         table_sha256: Of the contribution table that the search goes by.
@@ -27,7 +29,7 @@ class SearchState:
 
     generation: int = 0
     population: list[Genome] = field(default_factory=list)
-    fitness: dict[Genome, float | None] = field(default_factory=dict)
+    fitness: dict[Genome, Known] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     random_state: tuple | None = None
     table_sha256: str | None = None
@@ -40,7 +42,7 @@ class SearchState:
             {
                 "generation": self.generation,
                 "population": self.population,
-                "fitness": [[*genome, value] for genome, value in self.fitness.items()],
+                "fitness": [[genome, values] for genome, values in self.fitness.items()],
                 "history": self.history,
                 "random_state": [version, list(numbers), gauss],
                 "table_sha256": self.table_sha256,
@@ -62,13 +64,13 @@ class SearchState:
             state = cls(
                 values["generation"],
                 [tuple(genome) for genome in values["population"]],
-                {tuple(genome): value for *genome, value in values["fitness"]},
+                {tuple(genome): tuple(known) for genome, known in values["fitness"]},
                 values["history"],
                 (version, tuple(numbers), gauss),
                 values["table_sha256"],
             )
             random.Random().setstate(state.random_state)
-            if any(state.fitness[genome] is None for genome in state.population):
+            if any(fitness_of(state.fitness[genome]) is None for genome in state.population):
                 raise ValueError("a survivor has no fitness")
             return state
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -12,24 +12,25 @@ from microtune.modules.search.scheme_optimum import Optimum
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.checkpoint import SearchState
+from microtune.recipes.search.rungs import Rungs, best_first, fitness_of
 
 log = logging.getLogger(__name__)
 
 
 class FitnessMax(base.Fitness):
-    """One number, the higher the better."""
+    """The rung that was reached, and how good the genome was there: compared in this order, the higher the better."""
 
-    weights = (1.0,)
+    weights = (1.0, 1.0)
 
 
 class Individual(list):
     """A genome as DEAP's operators change it, with its fitness."""
 
-    def __init__(self, genome: Sequence[int], fitness: float | None = None):
+    def __init__(self, genome: Sequence[int], fitness: tuple[float, float] | None = None):
         super().__init__(genome)
         self.fitness = FitnessMax()
         if fitness is not None:
-            self.fitness.values = (fitness,)
+            self.fitness.values = fitness
 
 
 # What is evolved, and why so. (mu + lambda): the best found is never lost, and a solution that took seconds of training
@@ -43,7 +44,6 @@ IMMIGRANTS = 0.1
 CROSSOVER = 0.6
 FILLING_NOISE = 0.5
 MOST_TRIES = 10  # per child, to make one that was not seen before
-HALL_OF_FAME = 100  # places, of which the first are the finalists
 LEAST_NEW = 0.1  # part of a generation; with fewer the search has seen what it can reach
 
 
@@ -66,8 +66,7 @@ def make_toolbox(problem: SearchProblem, left_out: float = 0.0) -> base.Toolbox:
     toolbox.register("mutate", mutate, problem=problem)
     toolbox.register("select_parents", tools.selTournament, k=2, tournsize=3)
     toolbox.register("select", survivors, per_depth=SURVIVORS_PER_DEPTH)
-    toolbox.register("evaluate", problem.score)
-    toolbox.register("map", map)
+    toolbox.register("evaluate", lambda genomes, rung: list(map(problem.score, genomes)))
     return toolbox
 
 
@@ -146,60 +145,77 @@ def new_children(toolbox: base.Toolbox, parents: Sequence[Individual], count: in
 def evolve(
     problem: SearchProblem,
     toolbox: base.Toolbox,
-    evaluations: int,
+    rungs: Rungs,
     population: int,
     guesses: Sequence[Genome],
     state: SearchState,
     after_generation: Callable[[SearchState], None],
-) -> tools.HallOfFame:
-    """The search, generation by generation, until ``evaluations`` genomes are evaluated or no new ones come up.
+) -> list[Genome]:
+    """The search, generation by generation, until its budget is spent or no new genomes come up.
+
+    In each generation new genomes are evaluated on the first rung, and the best of all so far rise.
 
     Args:
         problem: What to solve.
-        toolbox: From ``make_toolbox``; its ``map`` may give None for an evaluation that was lost.
-        evaluations: Genomes to evaluate, each once.
-        population: Survivors, and children, of a generation.
+        toolbox: From ``make_toolbox``; its ``evaluate(genomes, rung)`` gives the fitness of each, or None where the
+            evaluation was lost.
+        rungs: What evaluations cost, and may cost.
+        population: Number of survivors, and of children, of a generation.
         guesses: Genomes to begin with; the rest of the first generation is random.
         state: What to begin from; brought up to date before ``after_generation`` is called.
         after_generation: Keeps the state.
 
     Returns:
-        The best individuals, distinct.
+        All genomes, the best first.
+
+    Raises:
+        UserError: Every evaluation was lost.
     """
     if state.random_state is not None:
         random.setstate(state.random_state)
-    hall = tools.HallOfFame(max(population, HALL_OF_FAME))
-    hall.update([Individual(genome, value) for genome, value in state.fitness.items() if value is not None])
-    statistics = tools.Statistics(lambda one: one.fitness.values[0])
+    statistics = tools.Statistics(lambda one: one.fitness.values[1])
     for name, function in (("best", np.max), ("mean", np.mean), ("spread", np.std)):
         statistics.register(name, function)
     logbook = tools.Logbook()
-    parents = [Individual(genome, state.fitness[genome]) for genome in state.population]
-    while len(state.fitness) < evaluations:
-        count = min(population, evaluations - len(state.fitness))
+    parents = [Individual(genome, fitness_of(state.fitness[genome])) for genome in state.population]
+    while affordable := rungs.affordable(state.fitness, 0):
+        count = min(population, affordable)
         children = [Individual(genome) for genome in guesses[:count]] if not state.fitness else []
         known = state.fitness.keys() | {tuple(child) for child in children}
         children += new_children(toolbox, parents, count - len(children), known)
         if not children or (parents and len(children) < LEAST_NEW * count):
-            log.info("no new schemes come up after %d of %d evaluations", len(state.fitness), evaluations)
+            log.info("no new schemes come up after %d evaluations", len(state.fitness))
             break
-        drawn = random.getstate()  # whatever an evaluation draws
-        values = list(toolbox.map(toolbox.evaluate, [tuple(child) for child in children]))
-        random.setstate(drawn)
-        state.fitness |= zip(map(tuple, children), values, strict=True)
-        pairs = zip(children, values, strict=True)
-        children = [Individual(child, value) for child, value in pairs if value is not None]
-        hall.update(children)
-        parents = toolbox.select(parents + children, population)
+        candidates = [tuple(one) for one in (*parents, *children)]
+        evaluate(toolbox, state, [tuple(child) for child in children], 0)
+        for rung in range(1, len(rungs.steps)):
+            risen = rungs.rising(state.fitness, rung)[: rungs.affordable(state.fitness, rung)]
+            evaluate(toolbox, state, risen, rung)
+            candidates += risen
+        evaluated = {genome: fitness_of(state.fitness[genome]) for genome in candidates}
+        individuals = [Individual(genome, fitness) for genome, fitness in evaluated.items() if fitness is not None]
+        parents = toolbox.select(individuals, population)
         state.population = [tuple(parent) for parent in parents]
         state.generation += 1
         if parents:
-            found = {name: float(value) for name, value in statistics.compile(parents).items()}
-            memory_bytes = problem.memory_bytes(tuple(hall[0]))
-            evaluated = len(state.fitness)
-            logbook.record(generation=state.generation, evaluations=evaluated, memory_bytes=memory_bytes, **found)
+            highest = max(one.fitness.values[0] for one in parents)
+            longest = [one for one in parents if one.fitness.values[0] == highest]
+            found = {name: float(value) for name, value in statistics.compile(longest).items()}
+            memory_bytes = problem.memory_bytes(best_first(state.fitness)[0])
+            evaluations = len(state.fitness)
+            logbook.record(generation=state.generation, evaluations=evaluations, memory_bytes=memory_bytes, **found)
             state.history.append(dict(logbook[-1]))
         after_generation(state)
-    if not hall:
+    best = best_first(state.fitness)
+    if not best:
         raise UserError("every evaluation was lost with its worker: the warnings above say why")
-    return hall
+    return best
+
+
+def evaluate(toolbox: base.Toolbox, state: SearchState, genomes: Sequence[Genome], rung: int) -> None:
+    """Evaluates genomes on a rung, and adds to the state what comes out; leaves the random numbers as they are."""
+    drawn = random.getstate()
+    values = toolbox.evaluate(genomes, rung) if genomes else []
+    random.setstate(drawn)
+    for genome, value in zip(genomes, values, strict=True):
+        state.fitness[genome] = (*state.fitness.get(genome, ()), value)

@@ -47,6 +47,9 @@ class Effort:
     Args:
         fitness: Fitness of a scheme: table (sum of contributions, seconds) or accuracy (of a short training of each).
         evaluations: Number of schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
+        rungs: Numbers of optimizer steps of the trials, such as 60,180,540, where fitness is accuracy: every scheme is
+            trained for the first, and the best third of all so far for the next. By default all take steps.
+        total_steps: Number of optimizer steps of all trials, in place of evaluations; by default 20,000 with rungs.
         population: Number of survivors of a generation; by default 40, or 16 by accuracy.
         trial_seeds: Number of trainings of each scheme, where fitness is accuracy.
         finalists: Number of best schemes to train for longer, beside the table's optimum and as many of the last layers
@@ -58,6 +61,8 @@ class Effort:
 
     fitness: FitnessName = "table"
     evaluations: int | None = None
+    rungs: str | None = None
+    total_steps: int | None = None
     population: int | None = None
     trial_seeds: int = 1
     finalists: int | None = None

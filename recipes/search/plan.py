@@ -12,12 +12,14 @@ from microtune.recipes.search.options import (
     TrialSettings,
     check_data_is_named,
 )
+from microtune.recipes.search.rungs import Rungs
 from microtune.recipes.search.workers import check_workers
 from microtune.recipes.training.command_line import check_at_least_one, listed, numbers
 
 EVALUATIONS = {"table": 5000, "accuracy": 200}
 FINALISTS = 4
 CHOICE_SAMPLES = 512  # of a gradient
+TOTAL_STEPS = 20_000  # of a search on rungs
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class SearchPlan:
         is_gradient: Whether the search goes by a gradient, in place of a measured table.
         budget: What a scheme may take; None for the budgets of all known microcontrollers.
         effort: How schemes are judged, and for how long.
-        settings: Settings of the trials; a measured table brings another base depth.
+        rungs: What the evaluations cost, and may cost.
+        settings: Settings of the trials, as long as the last rung; a measured table brings another base depth.
         choice_samples: Number of samples of the gradient.
     """
 
     is_gradient: bool
     budget: Budget | None
     effort: Effort
+    rungs: Rungs
     settings: TrialSettings
     choice_samples: int
 
@@ -88,6 +92,7 @@ def plan_search(
     finalists = effort.finalists
     if finalists is None:
         finalists = 0 if is_gradient and effort.fitness == "table" else FINALISTS
+    refuse_beside_rungs(effort)
     effort = replace(
         effort,
         evaluations=effort.evaluations or EVALUATIONS[effort.fitness],
@@ -95,6 +100,9 @@ def plan_search(
         finalists=finalists,
     )
     refuse_without_data(trials, effort, budget.all_mcus, is_gradient)
+    rungs = rungs_of(effort, trials)
+    if effort.fitness == "accuracy":
+        trials = replace(trials, steps=rungs.steps[-1])
     if budget.all_mcus:
         refuse_beside_all_mcus(budget, resume)
     return SearchPlan(
@@ -103,9 +111,30 @@ def plan_search(
             budget.memory, budget.budget_kib, budget.mcu, budget.sram_bytes, budget.flash_bytes, budget.reserve_bytes
         ),
         effort,
+        rungs,
         replace(trials, base_depth=base_depth or TrialSettings.base_depth),
         choice_samples or CHOICE_SAMPLES,
     )  # fmt: skip
+
+
+def refuse_beside_rungs(effort: Effort) -> None:
+    """Raises ``UserError`` where options make no sense beside rungs or a budget of steps."""
+    for name in ("rungs", "total_steps"):
+        value = getattr(effort, name)
+        if value is not None and effort.fitness == "table":
+            raise UserError(f"{name} is {value}, but a table's score takes no steps: give --fitness accuracy")
+        if value is not None and effort.evaluations is not None:
+            raise UserError(f"evaluations is {effort.evaluations} beside {name} {value}: leave one of them out")
+
+
+def rungs_of(effort: Effort, trials: TrialSettings) -> Rungs:
+    """What the evaluations of a search cost, and may cost; of the effort with its defaults."""
+    if effort.fitness == "table":
+        return Rungs((1,), effort.evaluations)
+    steps = (trials.steps,) if effort.rungs is None else tuple(numbers(effort.rungs, int))
+    if effort.rungs is None and effort.total_steps is None:
+        return Rungs(steps, effort.evaluations * trials.steps)
+    return Rungs(steps, TOTAL_STEPS if effort.total_steps is None else effort.total_steps)
 
 
 def refuse_beside_gradient(effort: Effort, all_mcus: bool, allow_missing_layers: bool) -> None:

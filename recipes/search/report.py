@@ -15,6 +15,7 @@ from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.gradient_search import NATS
+from microtune.recipes.search.rungs import Rungs, best_first, fitness_of
 from microtune.recipes.training.memory_figures import KIB
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.pictures import drawn
@@ -32,11 +33,11 @@ class SearchLog:
         table: The contributions that the search goes by.
         optimum: Of the problem.
         problem: What is solved.
-        evaluations: When the search will be over.
+        rungs: What all evaluations may cost.
 
     Example::
 
-        with SearchLog("none", out_dir, arguments, table, optimum, problem, evaluations=200) as search_log:
+        with SearchLog("none", out_dir, arguments, table, optimum, problem, Rungs((100,), 20_000)) as search_log:
             search_log.generation(state)
     """
 
@@ -48,9 +49,9 @@ class SearchLog:
         table: ContributionTable,
         optimum: Optimum,
         problem: SearchProblem,
-        evaluations: int,
+        rungs: Rungs,
     ):
-        self.out_dir, self.optimum, self.problem = out_dir, optimum, problem
+        self.out_dir, self.optimum, self.problem, self.rungs = out_dir, optimum, problem, rungs
         self.experiment = None
         if logger == "wandb":
             # two seconds and more, which a command line need not wait for
@@ -64,7 +65,12 @@ class SearchLog:
             rows = [list(astuple(row)) for row in table.rows]
             self.experiment.log({"contributions": wandb.Table(list(Contribution.__dataclass_fields__), rows)})
         self.progress = progress_bar()
-        self.bar = self.progress.add_task("evaluations", total=evaluations)
+        self.bar = self.progress.add_task(self.unit, total=rungs.total_steps)
+
+    @property
+    def unit(self) -> str:
+        """What the budget is of."""
+        return "evaluations" if self.rungs.steps == (1,) else "optimizer steps"
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -78,8 +84,9 @@ class SearchLog:
         if not state.history:
             return
         record = state.history[-1]
-        self.progress.update(self.bar, completed=record["evaluations"])
-        best = max((genome for genome in state.population), key=lambda genome: state.fitness[genome])
+        best = best_first(state.fitness)[0]
+        shown = f"{self.unit}, best {record['best'] * 100:.2f} %" if self.unit != "evaluations" else self.unit
+        self.progress.update(self.bar, completed=self.rungs.spent(state.fitness), description=shown)
         distance = self.optimum.score - self.problem.score(best)
         if self.experiment is not None:
             values = {f"search/{name}": value for name, value in record.items()}
@@ -104,22 +111,28 @@ class SearchLog:
         wandb.finish()
 
 
-def draw_search(state: SearchState, problem: SearchProblem, optimum: Optimum, fitness: str, path: Path) -> None:
-    """Draws the fitness of every evaluation and the best so far, as a PNG."""
+def draw_search(
+    state: SearchState, problem: SearchProblem, optimum: Optimum, rungs: Rungs, fitness: str, path: Path
+) -> None:
+    """Draws the fitness of every scheme on the last rung that it reached, and the best so far, as a PNG."""
     with drawn(path, figsize=(8, 4.5)) as axes:
         scale = 100  # points
-        values = [(index, value * scale) for index, value in enumerate(state.fitness.values(), 1) if value is not None]
-        indexes, points = zip(*values, strict=True)
-        best = list(itertools.accumulate(points, max))
-        axes.plot(indexes, points, ".", markersize=3, alpha=0.35, label="schemes")
-        axes.step(indexes, best, where="post", color="tab:red", label="best so far")
+        last = [(index, fitness_of(known)) for index, known in enumerate(state.fitness.values(), 1)]
+        fitness = [(index, *known) for index, known in last if known is not None]
+        for rung in sorted({rung for _, rung, _ in fitness}):
+            points = [(index, value * scale) for index, reached, value in fitness if reached == rung]
+            label = "schemes" if len(rungs.steps) == 1 else f"schemes, {rungs.steps[int(rung)]} steps"
+            axes.plot(*zip(*points, strict=True), ".", markersize=3, alpha=0.35 if rung == 0 else 0.8, label=label)
+        best = itertools.accumulate((known for _, *known in fitness), max)
+        indexes = [index for index, *_ in fitness]
+        axes.step(indexes, [value * scale for _, value in best], where="post", color="tab:red", label="best so far")
         if fitness == "table":
             axes.axhline(optimum.score * scale, color="black", linestyle="--", label="proven optimum")
             axes.set_ylabel("sum of gains, points")
         else:
-            of_optimum = state.fitness.get(optimum.genome)
+            of_optimum = fitness_of(state.fitness.get(optimum.genome, ()))
             if of_optimum is not None:
-                axes.axhline(of_optimum * scale, color="black", linestyle="--", label="the table's optimum")
+                axes.axhline(of_optimum[1] * scale, color="black", linestyle="--", label="the table's optimum")
             axes.set_ylabel("top-1 on the validation split, %")
         axes.set(xlabel="evaluations", title=f"{problem.network} within {problem.budget_bytes / KIB:.0f} KiB")
         axes.legend(fontsize=8)
@@ -143,7 +156,16 @@ def print_report(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) ->
         said = f"sum of gains {found} points"
     print(f"{said}, proven optimum {best}, random search {at_random}, with blind repair {blind}")
     if report["fitness"] == "accuracy":
-        print(f"best validation accuracy of a trial: {report['best_fitness']:.2%} of {report['evaluations']} trials")
+        print(
+            f"best validation accuracy of a trial: {report['best_fitness']:.2%} of {report['evaluations']} schemes, "
+            f"{report['steps_spent']} optimizer steps in all"
+        )
+        for pair in report["rank_correlation_of_rungs"]:
+            if pair["correlation"] is not None:
+                print(
+                    f"rank correlation of {pair['steps']} and {pair['longer_steps']} steps: {pair['correlation']:.2f} "
+                    f"over {pair['schemes']} schemes"
+                )
     for finalist in report.get("finalists", []):
         print(
             f"finalist: proxy {finalist['proxy']:.4f}, validation accuracy after longer training "

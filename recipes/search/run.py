@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deap import tools
-
 from microtune.modules.atomic_files import write_json
 from microtune.modules.search.contributions import ContributionTable
 from microtune.modules.search.integer_program import Genome
@@ -18,11 +16,12 @@ from microtune.modules.search.random_search import random_search
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.finalists import train_finalists
+from microtune.recipes.search.finalists import rank_correlation, train_finalists
 from microtune.recipes.search.genetic_algorithm import evolve, good_guesses, make_toolbox, rules_of_thumb
 from microtune.recipes.search.options import GRADIENT, Effort, TrialSettings
 from microtune.recipes.search.provenance import provenance_of
 from microtune.recipes.search.report import SearchLog, draw_search, updated_layers
+from microtune.recipes.search.rungs import Rungs, fitness_of, pairs_of_rungs
 from microtune.recipes.search.table_search import Search
 from microtune.recipes.search.trials import accuracies
 from microtune.recipes.search.workers import Workers
@@ -46,6 +45,7 @@ def begin_search(out_dir: Path | None, arguments: dict[str, Any], resume: bool) 
 def run_search(
     search: Search,
     effort: Effort,
+    rungs: Rungs,
     settings: TrialSettings,
     budget: Budget,
     workers: Workers,
@@ -60,8 +60,9 @@ def run_search(
 
     Args:
         search: What is solved.
-        effort: How schemes are judged, and for how long.
-        settings: Of the trials.
+        effort: How schemes are judged.
+        rungs: For how long, and how long all of it may take.
+        settings: Of the trials, as long as the last rung.
         budget: What a scheme may take.
         workers: Where schemes are trained.
         arguments: Of ``evolve_update_scheme.py`` for this search, which the scheme's provenance has.
@@ -83,15 +84,17 @@ def run_search(
     search = replace(search, facts=search.facts | {"fitness": effort.fitness, **of_arguments, **budget.facts})
     made_by = partial(provenance_of, RECIPE, arguments, table_file, budget)
     parts = search.table, search.optimum, search.problem
-    search_log = SearchLog(logger, out_dir, arguments, *parts, effort.evaluations)
+    search_log = SearchLog(logger, out_dir, arguments, *parts, rungs)
     if is_gradient and effort.fitness == "table":
         return finish_computed(search, made_by, search_log, started)
     settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
-    hall, state = evolve_schemes(search, effort, settings, workers, table_file, search_log)
-    best, of_finalists = best_of_finalists(search, effort, settings, workers, state, hall)
-    report = {**results_of(search, best, state, hall, effort.seed), **of_finalists}
+    ranked, state = evolve_schemes(search, effort, rungs, settings, workers, table_file, search_log)
+    best, of_finalists = best_of_finalists(search, effort, settings, workers, state, ranked)
+    report = {**results_of(search, best, state, ranked, effort.seed), **of_finalists}
+    if effort.fitness == "accuracy":
+        report |= {"steps_spent": rungs.spent(state.fitness), "rank_correlation_of_rungs": correlations(state, rungs)}
     report["seconds"] = time.monotonic() - started
-    finish_evolved(search, best, state, report, made_by, search_log)
+    finish_evolved(search, best, state, rungs, report, made_by, search_log)
     return report
 
 
@@ -108,18 +111,27 @@ def keep_table(table: ContributionTable, path: Path) -> Path:
     return path
 
 
+def correlations(state: SearchState, rungs: Rungs) -> list[dict[str, Any]]:
+    """How well each rung ranks schemes as a longer one does: Spearman's correlation over those that were on both."""
+    return [
+        {"steps": lower, "longer_steps": upper, "schemes": len(short), "correlation": rank_correlation(short, long)}
+        for lower, upper, short, long in pairs_of_rungs(state.fitness, rungs.steps)
+    ]
+
+
 def evolve_schemes(
     search: Search,
     effort: Effort,
+    rungs: Rungs,
     settings: TrialSettings,
     workers: Workers,
     table_file: Path,
     search_log: SearchLog,
-) -> tuple[tools.HallOfFame, SearchState]:
+) -> tuple[list[Genome], SearchState]:
     """Evolves schemes, from the state in the run's folder on, where there is one, and keeps it after every generation.
 
     Returns:
-        The best, distinct, and the state at the end.
+        The schemes, the best first, and the state at the end.
     """
     problem, state_file = search.problem, search_log.out_dir / "search.json"
     state = SearchState.load(state_file)
@@ -129,7 +141,10 @@ def evolve_schemes(
     if effort.fitness == "accuracy":
         toolbox = make_toolbox(problem, LEFT_OUT)
         seeds = tuple(range(effort.seed * effort.trial_seeds, (effort.seed + 1) * effort.trial_seeds))
-        toolbox.register("map", lambda _, genomes: accuracies(workers, settings, problem, seeds, genomes))
+        toolbox.register(
+            "evaluate",
+            lambda genomes, rung: accuracies(workers, settings, problem, seeds, genomes, rungs.steps[rung]),
+        )
         guesses = good_guesses(problem, search.optimum, effort.population)
 
     def after_generation(state: SearchState) -> None:
@@ -137,8 +152,8 @@ def evolve_schemes(
         search_log.generation(state)
 
     with search_log:
-        hall = evolve(problem, toolbox, effort.evaluations, effort.population, guesses, state, after_generation)
-    return hall, state
+        ranked = evolve(problem, toolbox, rungs, effort.population, guesses, state, after_generation)
+    return ranked, state
 
 
 def best_of_finalists(
@@ -147,26 +162,27 @@ def best_of_finalists(
     settings: TrialSettings,
     workers: Workers,
     state: SearchState,
-    hall: tools.HallOfFame,
+    ranked: list[Genome],
 ) -> tuple[Genome, dict[str, Any]]:
     """The best of the finalists after longer training, with what the report says of them; without any, of the search.
 
     Beside the best of the search these are the table's optimum, and as many of the last layers as fit.
     """
     if not effort.finalists:
-        return tuple(hall[0]), {}
+        return ranked[0], {}
     problem = search.problem
-    proxies = {tuple(one): one.fitness.values[0] for one in hall[: effort.finalists]}
+    fitness = {genome: known[1] for genome, values in state.fitness.items() if (known := fitness_of(values))}
+    proxies = {genome: fitness[genome] for genome in ranked[: effort.finalists]}
     # tables and short trials mislead at times: these have their chance in any case
     for genome in (search.optimum.genome, *rules_of_thumb(problem)[:1]):
-        known = problem.score(genome) if effort.fitness == "table" else state.fitness.get(genome)
+        known = problem.score(genome) if effort.fitness == "table" else fitness.get(genome)
         if known is not None:
             proxies.setdefault(genome, known)
     steps = effort.final_steps or 4 * settings.steps
     return train_finalists(problem, proxies, settings, steps, effort.final_seeds, workers)
 
 
-def results_of(search: Search, best: Genome, state: SearchState, hall: tools.HallOfFame, seed: int) -> dict[str, Any]:
+def results_of(search: Search, best: Genome, state: SearchState, ranked: list[Genome], seed: int) -> dict[str, Any]:
     """What was found, and for comparison the optimum and as many random schemes, by the table."""
     problem, evaluations = search.problem, len(state.fitness)
     return {
@@ -174,9 +190,9 @@ def results_of(search: Search, best: Genome, state: SearchState, hall: tools.Hal
         "optimum_score": search.optimum.score,
         "random_score": random_search(problem, evaluations, seed).score,
         "random_blind_score": random_search(problem, evaluations, seed, blind=True).score,
-        "best_fitness": hall[0].fitness.values[0],
+        "best_fitness": fitness_of(state.fitness[ranked[0]])[1],
         "evaluations": evaluations,
-        "lost_evaluations": sum(value is None for value in state.fitness.values()),
+        "lost_evaluations": sum(None in values for values in state.fitness.values()),
         "memory_bytes": problem.memory_bytes(best),
         **search.facts,
     }
@@ -186,6 +202,7 @@ def finish_evolved(
     search: Search,
     best: Genome,
     state: SearchState,
+    rungs: Rungs,
     report: dict[str, Any],
     made_by: Callable[[dict[str, Any]], dict[str, Any]],
     search_log: SearchLog,
@@ -196,7 +213,7 @@ def finish_evolved(
     rule = {"rule": "proven optimum by the contribution table", "score": optimum.score}
     problem.scheme(optimum.genome, made_by(rule)).save(out_dir / "optimum.json")
     write_json(out_dir / "report.json", report)
-    draw_search(state, problem, optimum, report["fitness"], out_dir / "search.png")
+    draw_search(state, problem, optimum, rungs, report["fitness"], out_dir / "search.png")
     search_log.finish(report)
 
 

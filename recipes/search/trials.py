@@ -52,8 +52,21 @@ def trials(settings: TrialSettings, recipe_seed: int | None = None) -> TrialTrai
     return _trials(_key(settings, TrialSettings.__dataclass_fields__), recipe_seed)
 
 
-def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, ...], split: Split = "val") -> float:
+def accuracy(
+    settings: TrialSettings,
+    scheme: dict[str, Any],
+    seeds: tuple[int, ...],
+    split: Split = "val",
+    steps: int | None = None,
+) -> float:
     """Mean accuracy of one scheme over seeds, on the validation split: what a worker is asked for.
+
+    Args:
+        settings: Of the trials.
+        scheme: As plain values.
+        seeds: Of the trainings.
+        split: Where the accuracy is measured.
+        steps: In place of those of the settings, which may be no fewer.
 
     Example::
 
@@ -62,15 +75,22 @@ def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, 
     # two busy jobs with two threads each slow one another several times (spinning OpenMP threads)
     torch.set_num_threads(1)
     training = trials(settings)
-    return sum(training.accuracies([UpdateScheme.from_dict(scheme)], seed, split)[0] for seed in seeds) / len(seeds)
+    update = [UpdateScheme.from_dict(scheme)]
+    trained = [training.train(update, seed, steps=steps) for seed in seeds]
+    return sum(training.evaluate(candidates, split)[0].top1 for candidates in trained) / len(seeds)
 
 
 def accuracies(
-    workers: Workers, settings: TrialSettings, problem: SearchProblem, seeds: tuple[int, ...], genomes: Sequence[Genome]
+    workers: Workers,
+    settings: TrialSettings,
+    problem: SearchProblem,
+    seeds: tuple[int, ...],
+    genomes: Sequence[Genome],
+    steps: int | None = None,
 ) -> list[float | None]:
     """Mean validation accuracy of each genome's scheme over seeds, by the workers; None where a worker was lost."""
-    schemes = [problem.scheme(genome).to_dict() for genome in genomes]
-    return workers.map(accuracy, [settings] * len(schemes), schemes, [seeds] * len(schemes))
+    schemes, count = [problem.scheme(genome).to_dict() for genome in genomes], len(genomes)
+    return workers.map(accuracy, [settings] * count, schemes, [seeds] * count, ["val"] * count, [steps] * count)
 
 
 # what of the settings the network and the data depend on

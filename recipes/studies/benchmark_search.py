@@ -44,6 +44,7 @@ from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.finalists import train_finalists
 from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, good_guesses, make_toolbox
 from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.rungs import Rungs
 from microtune.recipes.search.shared_folder import open_shared_folder
 from microtune.recipes.search.table_search import make_problem
 from microtune.recipes.search.trials import accuracy, described_by
@@ -249,10 +250,11 @@ def search_table(job: Job, problem: SearchProblem) -> dict[str, Any]:
     """The scores of evolution and of both random searches, as parts of the optimum's."""
     optimum = proven_optimum(problem)
     state, started = SearchState(), time.process_time()
-    hall = evolve(problem, make_toolbox(problem), job.evaluations, POPULATION["table"], [], state, lambda state: None)
+    rungs = Rungs((1,), job.evaluations)
+    best, *_ = evolve(problem, make_toolbox(problem), rungs, POPULATION["table"], [], state, lambda state: None)
     seconds = time.process_time() - started
-    found = {"evolution": problem.score(tuple(hall[0]))}
-    schemes = [tuple(hall[0])]
+    found = {"evolution": problem.score(best)}
+    schemes = [best]
     for name, blind in (("random", False), ("blind", True)):
         drawn = random_search(problem, 4 * job.evaluations, job.seed, blind, stop_at=optimum.score)
         schemes.append(drawn.genome)
@@ -289,10 +291,10 @@ def search_accuracy(job: Job, problem: SearchProblem, settings: TrialSettings) -
                 evaluate(problem.repair(problem.random_genome(draws)))
     else:
         toolbox = make_toolbox(problem)
-        toolbox.register("evaluate", evaluate)
+        toolbox.register("evaluate", lambda genomes, rung: list(map(evaluate, genomes)))
         population = POPULATION["accuracy"]
         guesses = good_guesses(problem, optimum, population)
-        evolve(problem, toolbox, job.evaluations, population, guesses, SearchState(), lambda state: None)
+        evolve(problem, toolbox, Rungs((1,), job.evaluations), population, guesses, SearchState(), lambda state: None)
     best = sorted(fitness, key=lambda genome: -fitness[genome])[:4]
     proxies = {genome: fitness[genome] for genome in best}
     returned, of_finalists = train_finalists(problem, proxies, settings, job.final_steps, 2, Workers())

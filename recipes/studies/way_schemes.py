@@ -32,7 +32,7 @@ from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.genetic_algorithm import POPULATION
 from microtune.recipes.search.gradient_search import gradient_search, measure_gradient
 from microtune.recipes.search.options import GRADIENT, Effort, TrialSettings
-from microtune.recipes.search.plan import CHOICE_SAMPLES
+from microtune.recipes.search.plan import CHOICE_SAMPLES, rungs_of
 from microtune.recipes.search.run import begin_search, run_search
 from microtune.recipes.search.table_search import load_table, make_problem
 from microtune.recipes.search.trials import described_by
@@ -289,10 +289,23 @@ def search_once(search: SchemeSearch) -> str | None:
             described, measured, budget, search.settings.base_depth, source.level, source.channel_multiple,
             is_coarse=fitness == "accuracy",
         )  # fmt: skip
-        effort = Effort(fitness, source.evaluations, POPULATION[fitness], 1, 0, None, 1, SEARCH_SEED)
+        effort = Effort(
+            fitness, source.evaluations, population=POPULATION[fitness], finalists=0, final_seeds=1, seed=SEARCH_SEED
+        )
         begin_search(folder, arguments, resume=is_begun)
         with Workers() as workers:
-            run_search(found, effort, search.settings, budget, workers, arguments, "none", folder, started)
+            run_search(
+                found,
+                effort,
+                rungs_of(effort, search.settings),
+                search.settings,
+                budget,
+                workers,
+                arguments,
+                "none",
+                folder,
+                started,
+            )
     except UserError as error:
         return f"{folder.name}: {error}"
     return None

@@ -86,7 +86,7 @@ def found_in(out_dir):
         report=report,
         without_seconds={name: value for name, value in report.items() if name != "seconds"},
         scheme=UpdateScheme.load(out_dir / "scheme.json"),
-        fitness=state["fitness"],
+        fitness=[[*genome, known[-1]] for genome, known in state["fitness"]],
         history=state["history"],
     )
 
@@ -250,12 +250,13 @@ def in_place_of_training(patch):
     """Replaces ``Workers.map``; holds its calls, and says which of their evaluations are to be lost with a worker."""
     trained = SimpleNamespace(calls=[], lost=lambda call, index: False)
 
-    def map_in_place(workers, function, settings, schemes, seeds):
+    def map_in_place(workers, function, settings, schemes, seeds, splits, steps):
         random.seed(0)
-        trained.calls.append(SimpleNamespace(settings=settings[0], schemes=schemes, seeds=seeds[0]))
+        taken = steps[0] or settings[0].steps
+        trained.calls.append(SimpleNamespace(settings=settings[0], schemes=schemes, seeds=seeds[0], steps=taken))
         number = len(trained.calls)
         return [
-            None if trained.lost(number, index) else made_up_accuracy(scheme, settings[0].steps)
+            None if trained.lost(number, index) else made_up_accuracy(scheme, taken)
             for index, scheme in enumerate(schemes)
         ]
 

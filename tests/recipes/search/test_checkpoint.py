@@ -10,7 +10,7 @@ from microtune.recipes.search.checkpoint import SearchState
 STATE = SearchState(
     generation=2,
     population=[(3, 0, 1), (0, 0, 0)],
-    fitness={(3, 0, 1): 0.1 + 0.2, (2, 1, 0): None, (0, 0, 0): -1e-17},
+    fitness={(3, 0, 1): (0.1 + 0.2, 0.7), (2, 1, 0): (None,), (0, 0, 0): (-1e-17,)},
     history=[{"generation": 1, "best": 0.1}, {"generation": 2, "best": 0.1 + 0.2}],
 )
 

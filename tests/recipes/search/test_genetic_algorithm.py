@@ -21,6 +21,7 @@ from microtune.recipes.search.genetic_algorithm import (
     new_children,
     survivors,
 )
+from microtune.recipes.search.rungs import Rungs
 from microtune.recipes.training.networks import describe_network
 
 
@@ -31,11 +32,12 @@ def problem(small_table):
     return SearchProblem(described.name, PeakMemory(described.operations), table, 30 * 1024, "extra")
 
 
-def course_of(problem, evaluate, **changes):
-    """The state at the end of a search."""
-    arguments = {"evaluations": 80, "population": 8, "guesses": [], "after_generation": lambda _: None} | changes
+def course_of(problem, evaluate, evaluations=80, **changes):
+    """The state at the end of a search on one rung."""
+    arguments = {"population": 8, "guesses": [], "after_generation": lambda _: None} | changes
+    arguments.setdefault("rungs", Rungs((1,), evaluations))
     toolbox, state = make_toolbox(problem), SearchState()
-    toolbox.register("evaluate", evaluate)
+    toolbox.register("evaluate", lambda genomes, rung: list(map(evaluate, genomes)))
     random.seed(0)
     evolve(problem, toolbox, state=state, **arguments)
     return state
@@ -92,9 +94,9 @@ def test_mutations_stay_within_the_options(problem, data, seed):
 @given(data=st.data(), k=st.integers(1, 20))
 def test_survivors_are_the_best_of_several_depths(problem, data, k):
     drawn = data.draw(st.lists(genomes(problem), max_size=30))
-    individuals = [Individual(genome, problem.score(genome)) for genome in drawn]
+    individuals = [Individual(genome, (0.0, problem.score(genome))) for genome in drawn]
     kept = survivors(individuals, k, per_depth=3)
-    values = [one.fitness.values[0] for one in kept]
+    values = [one.fitness.values[1] for one in kept]
     assert values == sorted(values, reverse=True)
     assert len({tuple(one) for one in kept}) == len(kept) <= k
     of_depth = {}
@@ -110,7 +112,7 @@ def test_children_are_new_and_fit(problem, seed, count, with_parents):
     random.seed(seed)
     toolbox = make_toolbox(problem)
     known = {tuple(toolbox.immigrant()) for _ in range(20)}
-    parents = [Individual(genome, problem.score(genome)) for genome in known] if with_parents else []
+    parents = [Individual(genome, (0.0, problem.score(genome))) for genome in known] if with_parents else []
     children = [tuple(child) for child in new_children(toolbox, parents, count, known)]
     assert len(children) == len(set(children)) <= count
     assert not known & set(children)
@@ -121,7 +123,7 @@ def test_children_leave_their_parents_as_they_are(problem):
     random.seed(0)
     toolbox = make_toolbox(problem)
     before = {tuple(toolbox.immigrant()) for _ in range(10)}
-    parents = [Individual(genome, problem.score(genome)) for genome in before]
+    parents = [Individual(genome, (0.0, problem.score(genome))) for genome in before]
     new_children(toolbox, parents, 20, set(before))
     assert {tuple(parent) for parent in parents} == before
 
