@@ -25,13 +25,6 @@ from microtune.recipes.search.rungs import Rungs
 from microtune.recipes.training.networks import describe_network
 
 
-@pytest.fixture(scope="module")
-def problem(small_table):
-    described = describe_network("none", (3, 32, 32), 10)
-    table = ContributionTable.load(small_table)
-    return SearchProblem(described.name, PeakMemory(described.operations), table, 30 * 1024, "extra")
-
-
 def course_of(problem, evaluate, evaluations=80, **changes):
     """The state at the end of a search on one rung."""
     arguments = {"population": 8, "guesses": [], "after_generation": lambda _: None} | changes

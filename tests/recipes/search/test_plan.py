@@ -9,6 +9,7 @@ from microtune.modules.user_error import UserError
 from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.options import Effort, SearchBudgetOptions, TrialSettings
 from microtune.recipes.search.plan import plan_measurement, plan_search
+from microtune.recipes.search.rungs import Rungs
 
 STM32F746 = Budget("peak", 288 * 1024, MICROCONTROLLERS["stm32f746"])
 OF_BUDGET, OF_EFFORT = SearchBudgetOptions.__dataclass_fields__, Effort.__dataclass_fields__
@@ -53,6 +54,21 @@ def test_defaults_by_a_gradient():
     assert (plan.is_computed, plan.effort.finalists, plan.effort.evaluations) == (False, 4, 200)
 
 
+@pytest.mark.parametrize(
+    ("given", "rungs", "longest"),
+    [
+        ({}, Rungs((100,), 200 * 100), 100),
+        ({"evaluations": 7, "steps": 30}, Rungs((30,), 7 * 30), 30),
+        ({"rungs": "60, 180"}, Rungs((60, 180), 20_000), 180),
+        ({"rungs": "60,180,540", "total_steps": 9000}, Rungs((60, 180, 540), 9000), 540),
+        ({"total_steps": 9000, "steps": 30}, Rungs((30,), 9000), 30),
+    ],
+)
+def test_trials_are_as_long_as_the_rungs(given, rungs, longest):
+    plan = planned(data="digits", fitness="accuracy", **given)
+    assert (plan.rungs, plan.settings.steps) == (rungs, longest)
+
+
 def test_what_is_given_stays():
     given = {"evaluations": 7, "population": 3, "finalists": 0, "trial_seeds": 2, "final_steps": 5, "final_seeds": 4}
     plan = planned("gradient", data="digits", fitness="accuracy", seed=9, base_depth=12, choice_samples=70, **given)
@@ -70,6 +86,21 @@ ALL_MCUS = {"all_mcus": True, "finalists": 0}
 MISTAKES = {
     "no extra memory without budget": ({"memory": "extra"}, "give --budget_kib, or --memory peak"),
     "two budgets": (EXTRA | {"mcu": "stm32f746"}, "a microcontroller and budget_kib are two budgets: give one of"),
+    "rungs by table": ({"rungs": "60,180", "data": "digits"}, "rungs is 60,180, but a table's score takes no steps"),
+    "steps by table": ({"total_steps": 9, "data": "digits"}, "total_steps is 9, but a table's score takes no steps"),
+    "two efforts": (
+        {"total_steps": 900, "evaluations": 9, "data": "digits", "fitness": "accuracy"},
+        "evaluations is 9 beside total_steps 900: leave one of them out",
+    ),
+    "rungs that fall": (
+        {"rungs": "180,60", "data": "digits", "fitness": "accuracy"},
+        "rungs is 180,60: give numbers of steps, each more than the one before, such as 60,180,540",
+    ),
+    "no rungs": ({"rungs": "a", "data": "digits", "fitness": "accuracy"}, "'a' is no list of numbers"),
+    "too few steps": (
+        {"rungs": "60", "total_steps": 59, "data": "digits", "fitness": "accuracy"},
+        "total_steps is 59: give at least one trial of 60 steps",
+    ),
     "unknown microcontroller": ({"mcu": "stm32h74"}, r"unknown microcontroller 'stm32h74' \(did you mean stm32h743"),
     **{
         f"budget {value}": ({"budget_kib": value}, f"budget_kib is {value}: give a positive number of kibibytes")
