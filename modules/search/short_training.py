@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -232,6 +233,17 @@ class TrialTraining:
                     peak,
                 )
         return candidates
+
+    def step_seconds(self, scheme: UpdateScheme, steps: int = 5) -> float:
+        """Seconds of an optimizer step behind the trunk, measured on this machine, the fastest of some."""
+        candidate = self._candidate(scheme, 0, Int8Update())
+        features = torch.zeros(self.batch_size, *self.features.shape)
+        labels, seconds = torch.zeros(self.batch_size, dtype=torch.long), []
+        for _ in range(steps):
+            started = time.perf_counter()
+            candidate.step(features, labels, 0.0)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
 
     def evaluate(self, candidates: Sequence["Candidate"], split: Split) -> list[Evaluation]:
         """What each of the trained networks is worth; nothing may be chosen by that on ``"test"``."""

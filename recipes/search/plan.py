@@ -134,7 +134,8 @@ def rungs_of(effort: Effort, trials: TrialSettings) -> Rungs:
     steps = (trials.steps,) if effort.rungs is None else tuple(numbers(effort.rungs, int))
     if effort.rungs is None and effort.total_steps is None:
         return Rungs(steps, effort.evaluations * trials.steps)
-    return Rungs(steps, TOTAL_STEPS if effort.total_steps is None else effort.total_steps)
+    total_steps = TOTAL_STEPS if effort.total_steps is None else effort.total_steps
+    return Rungs(steps, total_steps // effort.trial_seeds)
 
 
 def refuse_beside_gradient(effort: Effort, all_mcus: bool, allow_missing_layers: bool) -> None:

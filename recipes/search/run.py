@@ -1,5 +1,6 @@
 """A whole search in its folder: schemes evolved by table or by accuracy, the finalists, and what is left behind."""
 
+import logging
 import random
 import tempfile
 import time
@@ -21,12 +22,14 @@ from microtune.recipes.search.genetic_algorithm import evolve, good_guesses, mak
 from microtune.recipes.search.options import GRADIENT, Effort, TrialSettings
 from microtune.recipes.search.provenance import provenance_of
 from microtune.recipes.search.report import SearchLog, draw_search, updated_layers
-from microtune.recipes.search.rungs import Rungs, fitness_of, pairs_of_rungs
+from microtune.recipes.search.rungs import Rungs, best_first, fitness_of, pairs_of_rungs
 from microtune.recipes.search.table_search import Search
-from microtune.recipes.search.trials import accuracies
+from microtune.recipes.search.trials import accuracies, trials
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.run_folder import open_run_folder, refuse_another_run, write_config
+
+log = logging.getLogger(__name__)
 
 RECIPE = "evolve_update_scheme"  # whose command makes the same scheme
 LEFT_OUT = 0.5  # of what could be filled, where filling makes the same of all and schemes are trained
@@ -88,11 +91,14 @@ def run_search(
     if is_gradient and effort.fitness == "table":
         return finish_computed(search, made_by, search_log, started)
     settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
-    ranked, state = evolve_schemes(search, effort, rungs, settings, workers, table_file, search_log)
+    if effort.fitness == "accuracy":
+        tell_expected_time(search, rungs, settings, effort.trial_seeds, workers)
+    ranked, state = evolve_schemes(search, effort, rungs, settings, workers, table_file, made_by, search_log)
     best, of_finalists = best_of_finalists(search, effort, settings, workers, state, ranked)
     report = {**results_of(search, best, state, ranked, effort.seed), **of_finalists}
     if effort.fitness == "accuracy":
-        report |= {"steps_spent": rungs.spent(state.fitness), "rank_correlation_of_rungs": correlations(state, rungs)}
+        spent = rungs.spent(state.fitness) * effort.trial_seeds
+        report |= {"steps_spent": spent, "rank_correlation_of_rungs": correlations(state, rungs)}
     report["seconds"] = time.monotonic() - started
     finish_evolved(search, best, state, rungs, report, made_by, search_log)
     return report
@@ -111,6 +117,20 @@ def keep_table(table: ContributionTable, path: Path) -> Path:
     return path
 
 
+def tell_expected_time(
+    search: Search, rungs: Rungs, settings: TrialSettings, trial_seeds: int, workers: Workers
+) -> None:
+    """Says how long the trials will take, by the step of the table's optimum on this machine."""
+    scheme = search.problem.scheme(search.optimum.genome)
+    step_seconds = trials(replace(settings, features="none", steps=1)).step_seconds(scheme)
+    minutes = step_seconds * rungs.total_steps * trial_seeds / workers.processes / 60
+    shared = " of one worker" if workers.cluster else ""
+    log.info(
+        "%s optimizer steps: about %.0f min%s; the best scheme so far is in scheme.json at any time",
+        f"{rungs.total_steps * trial_seeds:,}", max(1, minutes), shared,
+    )  # fmt: skip
+
+
 def correlations(state: SearchState, rungs: Rungs) -> list[dict[str, Any]]:
     """How well each rung ranks schemes as a longer one does: Spearman's correlation over those that were on both."""
     return [
@@ -126,9 +146,12 @@ def evolve_schemes(
     settings: TrialSettings,
     workers: Workers,
     table_file: Path,
+    made_by: Callable[[dict[str, Any]], dict[str, Any]],
     search_log: SearchLog,
 ) -> tuple[list[Genome], SearchState]:
     """Evolves schemes, from the state in the run's folder on, where there is one, and keeps it after every generation.
+
+    The best scheme so far is kept too, from the start on.
 
     Returns:
         The schemes, the best first, and the state at the end.
@@ -147,10 +170,18 @@ def evolve_schemes(
         )
         guesses = good_guesses(problem, search.optimum, effort.population)
 
+    def keep_best(genome: Genome) -> None:
+        found = {"unfinished": True, "evaluations": len(state.fitness)}
+        problem.scheme(genome, made_by(found)).save(search_log.out_dir / "scheme.json")
+
     def after_generation(state: SearchState) -> None:
         state.save(state_file)
+        for best in best_first(state.fitness)[:1]:  # none, where all were lost
+            keep_best(best)
         search_log.generation(state)
 
+    if not state.fitness:
+        keep_best(search.optimum.genome)
     with search_log:
         ranked = evolve(problem, toolbox, rungs, effort.population, guesses, state, after_generation)
     return ranked, state

@@ -350,6 +350,49 @@ def test_finalists_of_a_search_by_the_table(trained, small, tmp_path):
     )
 
 
+def test_search_on_rungs(trained, small, tmp_path):
+    """The best third of all schemes so far is trained for longer, within one budget of steps."""
+    words = ("--fitness", "accuracy", "--data", "digits", "--rungs", "10,30,90", "--total_steps", 1000)
+    words += ("--population", 9, "--finalists", 0)
+    found = call(*small, *words, "--out_dir", tmp_path / "out", with_picture=True)
+    of_steps = {
+        steps: [s for one in trained.calls if one.steps == steps for s in one.schemes] for steps in (10, 30, 90)
+    }
+    assert {one.settings.steps for one in trained.calls} == {90}  # whose augmented copies all rungs share
+    counts = {steps: len({json.dumps(scheme) for scheme in schemes}) for steps, schemes in of_steps.items()}
+    assert counts == {steps: len(schemes) for steps, schemes in of_steps.items()}  # nothing is trained twice
+    assert counts[10] == found.report["evaluations"] >= 3 * counts[30] >= 9 * counts[90] > 0
+    assert found.report["steps_spent"] == sum(steps * count for steps, count in counts.items()) <= 1000
+    assert found.report["best_fitness"] == max(made_up_accuracy(scheme, 90) for scheme in of_steps[90])
+    first = found.report["rank_correlation_of_rungs"][0]
+    pairs = [(made_up_accuracy(scheme, 10), made_up_accuracy(scheme, 30)) for scheme in of_steps[30]]
+    assert (first["steps"], first["longer_steps"], first["schemes"]) == (10, 30, len(pairs))
+    assert first["correlation"] == pytest.approx(spearmanr(*zip(*pairs, strict=True)).statistic)
+    with Image.open(tmp_path / "out/search.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_the_best_scheme_so_far_is_there_at_any_time(trained, by_accuracy, caplog, tmp_path):
+    def lost(call, index):
+        if call == stop_at:
+            raise KeyboardInterrupt
+        return False
+
+    trained.lost = lost
+    for stop_at in (1, 3):
+        with pytest.raises(SystemExit) as ended, caplog.at_level("INFO"):
+            call(*by_accuracy, "--out_dir", tmp_path / f"out{stop_at}")
+        assert ended.value.code == 130
+        assert re.search(r"4,000 optimizer steps: about \d+ min; the best scheme so far is in scheme.json", caplog.text)
+        trained.calls.clear()
+    guess, best = (UpdateScheme.load(tmp_path / f"out{stop_at}/scheme.json") for stop_at in (1, 3))
+    assert guess.provenance["found"]["unfinished"] is best.provenance["found"]["unfinished"] is True
+    known = json.loads((tmp_path / "out3/search.json").read_text())["fitness"]
+    assert len(known) == best.provenance["found"]["evaluations"] == 16
+    assert made_up_accuracy(best.to_dict(), 100) == max(values[-1] for _, values in known)
+    assert not (tmp_path / "out3/report.json").exists()
+
+
 def test_a_worker_that_dies_costs_its_evaluation(trained, by_accuracy, tmp_path):
     trained.lost = lambda call, index: (call, index) == (2, 3)
     found = call(*by_accuracy, "--out_dir", tmp_path / "out")
