@@ -106,7 +106,8 @@ class CIFAR(LightningDataModule):
         if not self.folder.is_dir():
             raise UserError(
                 f"{self.folder} does not exist: "
-                f"give --download true, or unpack {self.source.url} in {self.folder.parent}"
+                "give --download true (or --data_options.download true), or "
+                f"unpack {self.source.url} in {self.folder.parent}"
             )
         self.class_names = read_class_names(self.folder / self.source.meta["filename"], self.num_classes)
         pixels, labels = self._read(self.source.train_list)

@@ -157,7 +157,10 @@ class SpeechCommands(LightningDataModule):
             url = URL.format(name=self.folder.name)
             if "SpeechCommands" in self.folder.parents[1].parts:
                 raise UserError(f"{self.folder} does not exist: data_dir is the folder that holds SpeechCommands/")
-            raise UserError(f"{self.folder} does not exist: give --download true, or unpack {url} there")
+            raise UserError(
+                f"{self.folder} does not exist: give --download true (or --data_options.download true), or unpack "
+                f"{url} there"
+            )
         speakers = list_clips(self.folder, self.version, self.skip_broken)
         split_of = read_splits(self.folder, speakers, self.skip_broken)
         check_speakers(speakers, split_of)

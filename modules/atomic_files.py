@@ -18,13 +18,19 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 
     The temporary path keeps the suffix, since writers of pictures choose their format by it.
 
+    Raises:
+        UserError: There can be no folder of that name.
+
     Example::
 
         with whole_file("report.png") as partial:
             figure.savefig(partial)
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): give another folder") from error
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield partial

@@ -71,7 +71,7 @@ def main(
     """
     device = microcontroller(mcu, sram_bytes, flash_bytes, reserve_bytes)
     input_shape = (in_channels, resolution, resolution if input_width is None else input_width)
-    source = source_of_weights(network, "none")
+    source = source_of_weights(network, "none", width, head_convolution)
     described = describe_network(source, input_shape, num_classes, width, head_convolution)
     peak_memory = PeakMemory(
         described.operations,
@@ -100,9 +100,20 @@ def main(
     if nothing_fits:
         console.print(report["advice"])
     size = size_of(input_shape)
-    picture = out_dir / f"{described.name}_{size.replace(' ', '')}_{Path(scheme).stem}_{device.name}.png"
-    draw_memory(timeline, device, f"One training step of {described.name} at {size}, {Path(scheme).stem}", picture)
+    shown = name_of(Path(scheme))
+    picture = out_dir / f"{described.name}_{size.replace(' ', '')}_{shown}_{device.name}.png"
+    draw_memory(timeline, device, f"One training step of {described.name} at {size}, {shown}", picture)
     console.print(f"picture: {picture}", soft_wrap=True)
+
+
+def name_of(scheme: Path) -> str:
+    """What tells a scheme from others in pictures: of a search's or run's ``scheme.json`` the folder's name.
+
+    Example::
+
+        name_of(Path("runs/evolved/scheme.json"))  # "evolved"
+    """
+    return scheme.absolute().parent.name if scheme.name == "scheme.json" else scheme.stem
 
 
 def layer_table(layers: list[LayerExtraMemory]) -> Table:

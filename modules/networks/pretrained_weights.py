@@ -265,7 +265,8 @@ def _keep_fresh_classifier(
             "give weights trained on these classes, with the same head_convolution"
         )
     state.update({name: wanted[name] for name in CLASSIFIER})
-    logger.info(f"fresh classifier of {classes} classes and {features} features: that of {source} is {found}")
+    why = "has none" if found == "none" else f"has one of {found[0]} classes and {found[1]} features"
+    logger.info(f"fresh classifier of {classes} classes and {features} features: {source} {why}")
 
 
 def _sum_input_channels(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str | Path) -> None:
@@ -289,7 +290,7 @@ def _check_fits(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str
         if name in state and state[name].shape != tensor.shape:
             raise UserError(
                 f"{name} is {tuple(state[name].shape)} in weights {source} and {tuple(tensor.shape)} in the network: "
-                "build the network with the width and in_channels of the file"
+                "give weights of this width, and of images for images or of spectrograms for speech"
             )
     unknown = next((name for name in state if name not in wanted), None)
     if unknown is not None:

@@ -151,7 +151,10 @@ class UpdateScheme:
             text = Path(path).read_text(encoding="utf-8")
             return cls.from_dict(json.loads(text, object_pairs_hook=_without_duplicates))
         except OSError as error:
-            raise UserError(f"{path}: cannot read the update scheme: {error.strerror}") from error
+            raise UserError(
+                f"{path}: cannot read the update scheme: {error.strerror}: give a file such as "
+                "evolve_update_scheme.py writes"
+            ) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: this is a binary file, not an update scheme in JSON") from error
         except UserError as error:

@@ -7,6 +7,7 @@ from typing import Any
 from filelock import FileLock
 
 from microtune.modules.user_error import UserError
+from microtune.recipes.training.command_line import say_how_to_go_on
 from microtune.recipes.training.run_folder import changed_argument, write_config
 
 CLAIMS = ".claims"  # where processes say what they are at
@@ -24,8 +25,8 @@ def check_shared_folder(out_dir: Path, arguments: dict[str, Any], may_change: Co
     if config.exists():
         if changed := changed_argument(out_dir, arguments, may_change):
             raise UserError(
-                f"the work in {out_dir} was begun with {changed}: go on with --config {config}, or give another "
-                "--out_dir"
+                f"the work in {out_dir} was begun with {changed}: go on with --config {config} --out_dir {out_dir}, or "
+                "give another --out_dir"
             )
         return
     try:
@@ -49,3 +50,4 @@ def open_shared_folder(out_dir: Path, arguments: dict[str, Any], may_change: Con
         check_shared_folder(out_dir, arguments, may_change)
         if not (out_dir / "config.yaml").exists():
             write_config(out_dir, arguments)
+    say_how_to_go_on(f"the same command with --out_dir {out_dir} goes on")

@@ -28,6 +28,7 @@ def run_recipe(main: Callable[..., Any]) -> Any:
         if __name__ == "__main__":
             run_recipe(main)
     """
+    say_how_to_go_on(None)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", module="lightning|torchmetrics|jsonargparse")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
@@ -46,8 +47,22 @@ def run_recipe(main: Callable[..., Any]) -> Any:
         # Lightning turns an interruption of its Trainer into status 1
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        print("stopped; --resume with the same arguments goes on, where the recipe has it", file=sys.stderr)
+        print(f"stopped; {_how_to_go_on or 'the same command starts anew'}", file=sys.stderr)
         sys.exit(130)
+
+
+_how_to_go_on: str | None = None  # of this process's work
+
+
+def say_how_to_go_on(text: str | None) -> None:
+    """Says what a recipe prints where it is interrupted from now on.
+
+    Example::
+
+        say_how_to_go_on("the same command goes on")
+    """
+    global _how_to_go_on
+    _how_to_go_on = text
 
 
 def option_groups(main: Callable[..., Any]) -> dict[str, type]:
@@ -147,6 +162,7 @@ def numbers(text: str, kind: type) -> list[Any]:
 
 
 EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+EXPECTED["dict"] = """JSON such as '{"languages": ["ar"]}'"""
 
 
 def readable(error: str) -> str:

@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning's own
 from microtune.modules.atomic_files import whole_file
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
+from microtune.recipes.training.command_line import say_how_to_go_on
 
 DEFAULT_FOLDER = "MICROTUNE_RUN_FOLDER"
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
@@ -65,7 +66,13 @@ def open_run_folder(out_dir: Path | None, recipe: str, resume: bool) -> Path:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out_dir} cannot be a run's folder: {error.strerror}: give another --out_dir") from error
+    say_how_to_go_on(f"go on with {resuming(out_dir)}")
     return out_dir
+
+
+def resuming(out_dir: Path) -> str:
+    """The words that resume the run in a folder, whose arguments need not say which it is."""
+    return f"--config {out_dir / 'config.yaml'} --out_dir {out_dir} --resume"
 
 
 def new_folder(parent: Path) -> Path:
@@ -85,8 +92,7 @@ def new_folder(parent: Path) -> Path:
 def refuse_another_run(out_dir: Path, arguments: dict[str, Any], scheme: UpdateScheme | None) -> None:
     """Raises ``UserError`` if the run in ``out_dir`` was started with other arguments or another scheme."""
     if changed := changed_argument(out_dir, arguments, MAY_CHANGE):
-        config = out_dir / "config.yaml"
-        raise UserError(f"the run in {out_dir} was started with {changed}: resume it with --config {config} --resume")
+        raise UserError(f"the run in {out_dir} was started with {changed}: resume it with {resuming(out_dir)}")
     kept = out_dir / "scheme.json"
     if scheme is not None and kept.exists() and UpdateScheme.load(kept) != scheme:
         raise UserError(f"the run in {out_dir} was started with another scheme, {kept}: resume it with that one")

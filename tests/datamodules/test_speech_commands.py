@@ -408,7 +408,8 @@ def test_wrong_arguments_refused(tmp_path, arguments, message):
 
 def test_missing_folder_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"speech_commands_v0.01 does not exist: give --download true, or unpack http.*v0.01.tar.gz"
+        UserError,
+        match=r"speech_commands_v0.01 does not exist: give --download true .*or unpack http.*v0.01.tar.gz",
     ):
         ready(tmp_path / "SpeechCommands/speech_commands_v0.01", version=1)
 

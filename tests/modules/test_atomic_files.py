@@ -36,6 +36,12 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, exception, 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_where_there_can_be_none_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/a\.json cannot be written \(.*\): give another folder"):
+        write_json(tmp_path / "file/a.json", {})
+
+
 def test_json_is_written_and_read_back(tmp_path):
     value = {"name": "größer", "values": [1, 2.5, None, True], "nested": {"a": []}}
     write_json(tmp_path / "value.json", value)

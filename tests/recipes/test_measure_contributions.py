@@ -589,7 +589,9 @@ def test_another_measurement_in_the_folder_is_refused(changes, message, killed, 
     assert (ended.status, ended.output) == (2, "")
     assert re.search(message, ended.errors), ended.errors
     assert ended.errors.startswith(f"{RECIPE}.py: error: the work in {out_dir} was begun with ")
-    assert ended.errors.endswith(f": go on with --config {out_dir / 'config.yaml'}, or give another --out_dir\n")
+    assert ended.errors.endswith(
+        f": go on with --config {out_dir / 'config.yaml'} --out_dir {out_dir}, or give another --out_dir\n"
+    )
     assert {path: path.read_bytes() for path in out_dir.rglob("*") if path.is_file()} == before
 
 

@@ -1,6 +1,7 @@
 """The memory report: its JSON, its table and picture, and what it says where nothing fits."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,6 +65,21 @@ def test_published_figure_to_the_byte(label, command, tmp_path):
     figures = report(command, "--resolution", 128, "--scheme", tmp_path / "scheme.json", "--mcu", "stm32f746")
     published = {"49KB": 51002, "99KB": 101792, "bias only, all": 137440}[label]
     assert figures["extra_memory_bytes"] == entry["extra_memory_bytes"] == published
+
+
+def test_an_int8_network_says_what_it_is(refused, write_network):
+    network = write_network("train_cifar")
+    words = ("--scheme", "biases", "--mcu", "rp2040", "--network", network, "--width", 0.5)
+    refused(r"says what it is: leave --width and --head_convolution out", "report_memory", *words)
+
+
+def test_pictures_of_two_searches_are_two(command, scheme_file, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        shutil.copy(scheme_file, tmp_path / name / "scheme.json")
+        words = ("--scheme", tmp_path / name / "scheme.json", "--mcu", "stm32f746", "--out_dir", tmp_path / "out")
+        assert command("report_memory", *words, "--resolution", 32).status == 0
+    assert [path.name.split("_")[-2] for path in sorted((tmp_path / "out").iterdir())] == ["first", "second"]
 
 
 def test_head_convolution(command):

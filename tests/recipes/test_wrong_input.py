@@ -165,7 +165,7 @@ def write_weights(folder):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("wider.pth", r"is \(16, 96, 1, 1\) in weights wider\.pth and \(8, 96|build the network with the width"),
+        ("wider.pth", r"is \(16, 96, 1, 1\) in weights wider\.pth and \(8, 96|give weights of this width"),
         ("cut.pth", r"weights file cut\.pth cannot be read .*: it is cut short"),
         ("text.h5", r"weights file text\.h5 cannot be read"),
         ("other.npz", r"weights file other\.npz has no array Conv1/kernel"),
@@ -182,13 +182,13 @@ def test_weights(file, message, refused, cifar_words, here):
 
 def test_real_weights_of_another_width(shared_data, refused, cifar_words):
     weights = shared_data / "weights/mobilenet_v2_w035_keras_imagenet_notop.npz"
-    message = r"features\.\S+ is \(.*\) in weights .*npz and \(.*\) in the network: build the network with the width"
+    message = r"features\.\S+ is \(.*\) in weights .*npz and \(.*\) in the network: give weights of this width"
     refused(message, "train_cifar", *cifar_words, "--width", "0.5", "--weights", weights)
 
 
 def test_missing_cifar_says_how_to_get_it(refused, cifar_words):
     line = refused(
-        r"nowhere/cifar-10-batches-py does not exist: give --download true, or unpack https://\S+cifar-10-python\.tar\.gz",
+        r"nowhere/cifar-10-batches-py does not exist: give --download true .*or unpack https://\S+cifar-10-python\.tar\.gz",
         *("train_cifar", *cifar_words, "--data_dir", "nowhere"),
     )
     assert "in nowhere" in line
@@ -415,7 +415,7 @@ def own_imagenet(tiny_imagenet, here):
     [
         (
             ["--data_dir", "nowhere"],
-            "nowhere/SpeechCommands/speech_commands_v0.02 does not exist: give --download true, or unpack http",
+            r"nowhere/SpeechCommands/speech_commands_v0.02 does not exist: give --download true .*or unpack",
         ),
         (["--version", "1"], "speech_commands_v0.01 does not exist: give --download true"),
         (["--version", "3"], "version is 3: give one of 1, 2"),

@@ -48,7 +48,7 @@ def test_a_network_without_the_last_convolution_leaves_it_out(shared_data, caplo
     assert torch.equal(network.features[17].conv[2].weight, state["features.17.conv.2.weight"])
     assert torch.equal(network.classifier[1].weight, classifier)
     assert len(caplog.messages) == 1
-    assert "fresh classifier of 10 classes and 320 features: that of" in caplog.messages[0]
+    assert "fresh classifier of 10 classes and 320 features: " in caplog.messages[0]
 
 
 def test_other_classes_keep_the_fresh_classifier(shared_data, caplog):
@@ -57,7 +57,7 @@ def test_other_classes_keep_the_fresh_classifier(shared_data, caplog):
     load_weights(network, shared_data / TORCHVISION_FILE)
     assert network.classifier[1].weight.shape == (7, 1280)
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].endswith("is (1000, 1280)")
+    assert caplog.messages[0].endswith("has one of 1000 classes and 1280 features")
 
 
 def test_keras_weights_load_with_and_without_the_last_convolution(shared_data, caplog):
@@ -67,7 +67,7 @@ def test_keras_weights_load_with_and_without_the_last_convolution(shared_data, c
         load_weights(network, shared_data / KERAS_FILE)
         outputs = network.features(torch.rand(4, 3, 96, 96) * 2 - 1)
         assert outputs.std() > 0.1  # a fresh network's are below 1e-6
-    assert [message.endswith("is none") for message in caplog.messages] == [True, True]
+    assert [message.endswith("has none") for message in caplog.messages] == [True, True]
 
 
 @pytest.mark.parametrize(("padding", "file"), [("keras", KERAS_FILE), ("symmetric", TORCHVISION_FILE)])
@@ -185,7 +185,7 @@ def test_weights_of_another_shape_are_refused_and_change_nothing(tmp_path):
     # width 0.5 has the same first convolution, so the first tensor that differs comes later
     message = (
         r"features.2.conv.2.weight is \(16, 48, 1, 1\) in weights .*half.pth and \(8, 48, 1, 1\) in the network: "
-        "build the network with the width and in_channels of the file"
+        "give weights of this width, and of images for images or of spectrograms for speech"
     )
     with pytest.raises(UserError, match=message):
         load_weights(network, tmp_path / "half.pth")

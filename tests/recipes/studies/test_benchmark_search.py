@@ -208,8 +208,8 @@ def test_other_arguments_are_refused(changes, message, by_table, command, jobs_d
     config = by_table.folder / "config.yaml"
     assert (ended.status, ended.output) == (2, "")
     assert ended.errors == (
-        f"{RECIPE}.py: error: the work in {by_table.folder} was begun with {message}: go on with --config {config}, "
-        "or give another --out_dir\n"
+        f"{RECIPE}.py: error: the work in {by_table.folder} was begun with {message}: go on with --config {config} "
+        f"--out_dir {by_table.folder}, or give another --out_dir\n"
     )
     assert jobs_done == []
     assert {path: path.read_bytes() for path in by_table.folder.rglob("*") if path.is_file()} == before

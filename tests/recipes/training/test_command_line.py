@@ -81,7 +81,7 @@ def test_interruption(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         called(monkeypatch, "--size", "14")
     assert ended.value.code == 130
-    assert "stopped" in capsys.readouterr().err
+    assert capsys.readouterr().err == "stopped; the same command starts anew\n"
 
 
 def test_mistake_of_ours_keeps_its_traceback(monkeypatch):
