@@ -1,6 +1,8 @@
 """What a search was asked for, and every refusal that needs neither the data nor the disk."""
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.budget import Budget, budget_of
@@ -88,6 +90,11 @@ def plan_search(
     if is_gradient:
         refuse_beside_gradient(effort, budget.all_mcus, allow_missing_layers)
     else:
+        if not Path(contributions).suffix and len(Path(contributions).parts) == 1 and os.sep not in contributions:
+            raise UserError(
+                f"contributions is {contributions!r}: give the file of a table, such as measure_contributions.py "
+                f"writes, or {GRADIENT}"
+            )
         refuse_beside_table(base_depth=base_depth, choice_samples=choice_samples)
     finalists = effort.finalists
     if finalists is None:

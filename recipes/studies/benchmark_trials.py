@@ -10,6 +10,7 @@ gains that chooses by so short a training. The same command goes on where it was
 take some 380,000 steps: three core hours on an AMD EPYC for images of 96 px.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -119,13 +120,13 @@ def main(
     tasks = load_tasks(data_sets, listed(only))
     out_dir = out_dir or new_folder(Path("runs") / "benchmark_trials")
     report: dict[str, Any] = {"budget": budget}
-    with (
-        opened_folder(out_dir, arguments, {"out_dir", "only", "processes", "data_sets"}),
-        Workers(processes) as workers,
-    ):
-        for name, task in tasks.items():
-            terms = Terms(name, task, budget, lengths, trial_seeds, seeds, base_depth, out_dir)
-            rows = trained_rows(terms, schemes, workers)
+    studied = [
+        sampled(Terms(name, task, budget, lengths, trial_seeds, seeds, base_depth, out_dir), schemes)
+        for name, task in tasks.items()
+    ]
+    with opened_folder(out_dir, arguments, MAY_CHANGE), Workers(processes) as workers:
+        for of_data in studied:
+            name, rows = of_data.terms.name, trained_rows(of_data, workers)
             report[name] = figures_of(rows)
             print_figures(name, report[name])
             write_json(out_dir / "report.json", report | {"seconds": time.monotonic() - started})
@@ -133,61 +134,67 @@ def main(
     return report
 
 
-def trained_rows(terms: Terms, count: int, workers: Workers) -> list[TrialRow]:
-    """Does all trainings of a data set, the short ones first, and keeps their rows as they come."""
+@dataclass(frozen=True)
+class Sample:
+    """The schemes of one data set, and how they are trained."""
+
+    terms: Terms
+    described: DescribedNetwork
+    schemes: dict[str, UpdateScheme]
+
+
+def sampled(terms: Terms, count: int) -> Sample:
+    """Samples the schemes, from one backward pass; raises ``UserError`` where there are not so many."""
     settings = terms.task.trial_settings("fp32", base_depth=terms.base_depth)
-    measured = measure_gradient(settings, CHOICE_SAMPLES, SEARCH_SEED)
-    described = described_by(settings)
-    schemes = sampled_schemes(described, measured, budget_by_name(terms.budget), terms.base_depth, count, SEARCH_SEED)
-    folder = terms.out_dir / "schemes" / f"{terms.name}-{terms.budget}"
-    folder.mkdir(parents=True, exist_ok=True)
+    described, measured = described_by(settings), measure_gradient(settings, CHOICE_SAMPLES, SEARCH_SEED)
+    budget = budget_by_name(terms.budget)
+    return Sample(terms, described, sampled_schemes(described, measured, budget, terms.base_depth, count, SEARCH_SEED))
+
+
+def trained_rows(sample: Sample, workers: Workers) -> list[TrialRow]:
+    """Does all trainings of a data set, the short ones first, and keeps their rows as they come."""
+    terms, schemes = sample.terms, sample.schemes
     for name, scheme in schemes.items():
-        scheme.save(folder / f"{name}.json")
+        scheme.save(terms.out_dir / "schemes" / f"{terms.name}-{terms.budget}" / f"{name}.json")
     *short, longest = terms.lengths
     done: list[Training] = []
-    rates = sorted(terms.task.learning_rates)
+
+    def train(steps: int, trainings: Iterable[Training]) -> None:
+        done.extend(trainings)
+        train_all(done, workers, terms.out_dir, f"{terms.name}, {steps} steps", partial(keep, sample, done))
+
     for steps in short:
-        done += [
-            terms.training(name, scheme, steps, rate, seed)
-            for seed in range(terms.trial_seeds)
-            for name, scheme in schemes.items()
-            for rate in rates
-        ]
-        train_all(done, workers, terms.out_dir, f"{terms.name}, {steps} steps", partial(keep, terms, described, done))
-    best = best_rates([row for row in rows_of(terms, described, done) if row.steps == short[-1]])
-    done += [
-        terms.training(name, scheme, longest, best[name], LONG_SEED + seed)
-        for seed in range(terms.seeds)
-        for name, scheme in schemes.items()
-    ]
-    train_all(done, workers, terms.out_dir, f"{terms.name}, {longest} steps", partial(keep, terms, described, done))
-    return keep(terms, described, done)
+        of_rates = itertools.product(range(terms.trial_seeds), schemes.items(), sorted(terms.task.learning_rates))
+        train(steps, (terms.training(name, scheme, steps, rate, seed) for seed, (name, scheme), rate in of_rates))
+    best = best_rates([row for row in rows_of(sample, done) if row.steps == short[-1]])
+    of_seeds = itertools.product(range(LONG_SEED, LONG_SEED + terms.seeds), schemes.items())
+    train(longest, (terms.training(name, scheme, longest, best[name], seed) for seed, (name, scheme) in of_seeds))
+    return keep(sample, done)
 
 
-def rows_of(terms: Terms, described: DescribedNetwork, trainings: Iterable[Training]) -> list[TrialRow]:
+def rows_of(sample: Sample, trainings: Iterable[Training]) -> list[TrialRow]:
     """The rows of the trainings that are done."""
-    rows = []
+    terms, rows = sample.terms, []
     for training in trainings:
         found = training.result(terms.out_dir)
         if found is None:
             continue
         scheme = UpdateScheme.from_dict(training.scheme)
-        channels = sum(scheme.updated_channels(one) for one in described.operations.convolutions)
-        rows.append(
-            TrialRow(
-                terms.name, terms.budget, training.case.way, training.settings.steps, training.learning_rate,
-                training.seed, found["top1"]["val"], found["top1"]["test"], found["cross_entropy"]["val"],
-                extra_bytes(described, scheme), scheme.bias_depth, len(scheme.weights), channels,
-            )
+        channels = sum(scheme.updated_channels(one) for one in sample.described.operations.convolutions)
+        row = TrialRow(
+            terms.name, terms.budget, training.case.way, training.settings.steps, training.learning_rate,
+            training.seed, found["top1"]["val"], found["top1"]["test"], found["cross_entropy"]["val"],
+            extra_bytes(sample.described, scheme), scheme.bias_depth, len(scheme.weights), channels,
         )  # fmt: skip
+        rows.append(row)
     return rows
 
 
-def keep(terms: Terms, described: DescribedNetwork, trainings: Iterable[Training]) -> list[TrialRow]:
+def keep(sample: Sample, trainings: Iterable[Training]) -> list[TrialRow]:
     """Writes the rows into ``trials.csv``, beside those of other data sets; returns them."""
-    path = terms.out_dir / "trials.csv"
-    others = [row for row in read_rows(path, TrialRow) if row.data != terms.name] if path.exists() else []
-    rows = rows_of(terms, described, trainings)
+    path = sample.terms.out_dir / "trials.csv"
+    others = [row for row in read_rows(path, TrialRow) if row.data != sample.terms.name] if path.exists() else []
+    rows = rows_of(sample, trainings)
     write_rows(path, [*others, *rows], TrialRow)
     return rows
 

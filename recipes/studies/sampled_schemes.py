@@ -15,7 +15,7 @@ from microtune.recipes.search.options import Level
 from microtune.recipes.search.table_search import Search
 from microtune.recipes.training.networks import DescribedNetwork
 
-MOST_TRIES = 100  # to draw one that is not among the others
+MOST_TRIES = 100  # in a row, to draw one that is not among the others
 # kinds that are drawn, with their share of the schemes: by level, with repair by gain, blindly, or beside the one-pass
 DRAWN = {"random": 0.35, "random_layers": 0.25, "random_blind": 0.15, "neighbour": 0.15, "neighbour_layers": 0.1}
 
@@ -63,23 +63,26 @@ def sampled_schemes(
     for genome in rules_of_thumb(sub_tensor.problem)[1::2]:
         keep("rule", sub_tensor, genome)
     rng = random.Random(seed)
+    neighbours = {level: of.problem.neighbours(of.optimum.genome) for level, of in searches.items()}
     draw: dict[str, tuple[Search, Callable[[], Genome]]] = {
         "random": (sub_tensor, lambda: repaired(sub_tensor.problem, rng)),
         "random_layers": (layer, lambda: repaired(layer.problem, rng)),
         "random_blind": (sub_tensor, lambda: blindly_repaired(sub_tensor.problem, rng)),
-        "neighbour": (sub_tensor, lambda: rng.choice(sub_tensor.problem.neighbours(sub_tensor.optimum.genome))),
-        "neighbour_layers": (layer, lambda: rng.choice(layer.problem.neighbours(layer.optimum.genome))),
+        "neighbour": (sub_tensor, lambda: rng.choice(neighbours["sub_tensor"])),
+        "neighbour_layers": (layer, lambda: rng.choice(neighbours["layer"])),
     }
+
+    def keep_drawn(kind: str, wanted: int) -> None:
+        of, drawn = draw[kind]
+        failures = 0
+        while wanted and failures < MOST_TRIES:
+            is_kept = keep(kind, of, drawn())
+            wanted, failures = (wanted - 1, 0) if is_kept else (wanted, failures + 1)
+
     left = count - len(found)
     for kind, share in DRAWN.items():
-        of, drawn = draw[kind]
-        wanted = round(share * left)
-        for _ in range(MOST_TRIES * wanted):
-            wanted -= keep(kind, of, drawn())
-            if not wanted:
-                break
-    for _ in range(MOST_TRIES * (count - len(found))):
-        keep("random", sub_tensor, repaired(sub_tensor.problem, rng))
+        keep_drawn(kind, round(share * left))
+    keep_drawn("random", count - len(found))
     if len(found) < count:
         raise UserError(f"there are only {len(found)} of {count} schemes within {budget}: give fewer --schemes")
     return found

@@ -86,6 +86,7 @@ ALL_MCUS = {"all_mcus": True, "finalists": 0}
 MISTAKES = {
     "no extra memory without budget": ({"memory": "extra"}, "give --budget_kib, or --memory peak"),
     "two budgets": (EXTRA | {"mcu": "stm32f746"}, "a microcontroller and budget_kib are two budgets: give one of"),
+    "misspelt": ({"contributions": "gradeint"}, "contributions is 'gradeint': give the file of a table, such as meas"),
     "rungs by table": ({"rungs": "60,180", "data": "digits"}, "rungs is 60,180, but a table's score takes no steps"),
     "steps by table": ({"total_steps": 9, "data": "digits"}, "total_steps is 9, but a table's score takes no steps"),
     "two efforts": (
