@@ -31,15 +31,25 @@ from microtune.recipes.search.gradient_search import measure_gradient
 from microtune.recipes.search.plan import CHOICE_SAMPLES
 from microtune.recipes.search.trials import described_by
 from microtune.recipes.search.workers import Workers
-from microtune.recipes.studies.sampled_schemes import sampled_schemes
+from microtune.recipes.studies.sampled_schemes import kind_of, sampled_schemes
 from microtune.recipes.studies.seeded_trainings import Case, Training, train_all
 from microtune.recipes.studies.study_folder import opened_folder
 from microtune.recipes.studies.transfer_tasks import TransferTask, load_tasks
-from microtune.recipes.studies.trial_figures import MEASURES, TrialRow, best_rates, figures_of
+from microtune.recipes.studies.trial_figures import (
+    MEASURES,
+    TrialRow,
+    best_rates,
+    by_scheme,
+    figures_of,
+    mean,
+    rows_like,
+    truth_of,
+)
 from microtune.recipes.studies.way_schemes import SEARCH_SEED, budget_by_name, extra_bytes
 from microtune.recipes.studies.ways import Way
 from microtune.recipes.training.command_line import check_at_least_one, flat, listed, numbers, run_recipe
 from microtune.recipes.training.networks import DescribedNetwork
+from microtune.recipes.training.pictures import drawn
 from microtune.recipes.training.run_folder import new_folder
 
 log = logging.getLogger(__name__)
@@ -129,8 +139,9 @@ def main(
             name, rows = of_data.terms.name, trained_rows(of_data, workers)
             report[name] = figures_of(rows)
             print_figures(name, report[name])
+            draw_ranks(name, rows, out_dir / f"{name}.png")
             write_json(out_dir / "report.json", report | {"seconds": time.monotonic() - started})
-    print(f"trainings: {out_dir / 'trials.csv'}, report: {out_dir / 'report.json'}")
+    print(f"trainings: {out_dir / 'trials.csv'}, report: {out_dir / 'report.json'}, a picture of each data set beside")
     return report
 
 
@@ -225,6 +236,23 @@ def print_figures(data: str, figures: dict[str, Any]) -> None:
             f"  {kind} ({of_kind['schemes']}): mean {of_kind['mean'] * 100:.1f} %, "
             f"{of_kind['worst'] * 100:.1f} to {of_kind['best'] * 100:.1f}"
         )
+
+
+def draw_ranks(data: str, rows: Sequence[TrialRow], path: Path) -> None:
+    """Draws the validation accuracy after each short training over the test accuracy after the longest, as a PNG."""
+    *short, longest = sorted({row.steps for row in rows})
+    truths = truth_of(rows, longest)
+    with drawn(path, 1, len(short), figsize=(4 * len(short) + 1.5, 4), squeeze=False) as panels:
+        for axes, steps in zip(panels[0], short, strict=True):
+            of_schemes = by_scheme(rows_like(rows, steps, None))
+            for kind in dict.fromkeys(map(kind_of, of_schemes)):
+                names = [name for name in of_schemes if kind_of(name) == kind]
+                accuracies = [mean(row.val_top1 for row in of_schemes[name]) * 100 for name in names]
+                axes.plot(accuracies, [truths[name] * 100 for name in names], ".", markersize=9, label=kind)
+            axes.set(xlabel=f"validation, {steps} steps, %")
+        panels[0][0].set_ylabel(f"test, {longest} steps, %")
+        panels[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+        panels[0][0].figure.suptitle(f"{data}: schemes at each one's best learning rate, means over seeds", fontsize=10)
 
 
 def shown(value: float | None, factor: float = 1) -> str:

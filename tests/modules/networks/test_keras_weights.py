@@ -124,6 +124,6 @@ def test_arrays_of_another_network_are_refused(tmp_path, arrays, change, message
 
 
 def test_a_file_of_another_width_is_refused(shared_data):
-    message = r"features.0.0.weight is \(16, 3, 3, 3\) in weights .* and \(32, 3, 3, 3\) in the network: build"
+    message = r"features.0.0.weight is \(16, 3, 3, 3\) in weights .* and \(32, 3, 3, 3\) in the network: give weights"
     with pytest.raises(UserError, match=message):
         load_weights(mobilenet_v2(1.0, padding="keras"), shared_data / KERAS_FILE)

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from microtune.modules.csv_rows import read_rows
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
@@ -53,6 +54,9 @@ def test_study(words, command, trained, tmp_path):
     assert (report["ones"]["schemes"], report["ones"]["longest_steps"]) == (8, 3)
     assert "ones: 8 schemes, rank correlation with 3 steps" in ended.output
     assert re.search(r"after 3 steps schemes differ by \d+\.\d\d points", ended.output)
+
+    with Image.open(tmp_path / "out/ones.png") as picture:
+        assert (picture.format, min(picture.size) > 300) == ("PNG", True)
 
     # given again it does nothing anew; it may take up another data set, and keeps the first
     trained.clear()
