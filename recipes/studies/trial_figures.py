@@ -158,19 +158,23 @@ def _retest(rows: Sequence[TrialRow], measure: Callable[[TrialRow], float]) -> f
     for one, other in itertools.combinations(of_seed.values(), 2):
         both = sorted(one.keys() & other.keys())
         found.append(rank_correlation([one[name] for name in both], [other[name] for name in both]))
-    known = [value for value in found if value is not None]
-    return mean(known) if known else None
+    return mean_of_known(found)
 
 
 def with_truth(rows: Sequence[TrialRow], truths: dict[str, float]) -> dict[str, Any]:
-    """Rank correlation of short trainings with the truth: of one seed (the mean over seeds), and of all together."""
+    """Rank correlation of short trainings with the truth: of one seed (the mean over seeds), and of all together.
+
+    Also of one seed among the better half of the schemes alone: bad ones are easily told.
+    """
     found: dict[str, Any] = {}
     seeds = sorted({row.seed for row in rows})
+    median = statistics.median(truths.values())
+    better = {scheme: truth for scheme, truth in truths.items() if truth >= median}
     for name, measure in MEASURES.items():
-        of_one = [_with_truth([row for row in rows if row.seed == seed], measure, truths) for seed in seeds]
-        known = [value for value in of_one if value is not None]
+        of_seeds = [[row for row in rows if row.seed == seed] for seed in seeds]
         found[name] = {
-            "one_seed": mean(known) if known else None,
+            "one_seed": mean_of_known(_with_truth(of_seed, measure, truths) for of_seed in of_seeds),
+            "one_seed_better_half": mean_of_known(_with_truth(of_seed, measure, better) for of_seed in of_seeds),
             f"{len(seeds)}_seeds": _with_truth(rows, measure, truths),
         }
     return found
@@ -246,6 +250,12 @@ def ceiling(rows: Sequence[TrialRow], candidates: int) -> float:
     of_random = [row for row in rows if kind_of(row.scheme).startswith("random")]
     draws = np.random.default_rng(0).standard_normal((DRAWS, candidates))
     return float(draws.max(1).mean()) * spread(of_random)["between_schemes"]
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are known; None of none."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
 
 
 def mean(values: Iterable[float]) -> float:

@@ -38,7 +38,18 @@ def test_retest_is_the_mean_over_pairs_of_seeds():
 def test_a_diverged_training_is_the_worst_by_its_loss():
     rows = [row(f"random_{i}", 60, 0, 0.5, loss=loss) for i, loss in enumerate((1.0, None, 2.0))]
     truths = {"random_0": 0.9, "random_1": 0.1, "random_2": 0.5}
-    assert with_truth(rows, truths)["val_loss"] == {"one_seed": pytest.approx(1), "1_seeds": pytest.approx(1)}
+    assert with_truth(rows, truths)["val_loss"] == {
+        "one_seed": pytest.approx(1), "one_seed_better_half": None, "1_seeds": pytest.approx(1)
+    }  # fmt: skip
+
+
+def test_the_better_half_is_told_apart_by_itself():
+    """By hand: bad and good are in order, but among the good the order is reversed."""
+    truths = {f"random_{i}": i / 10 for i in range(6)}
+    rows = [row(f"random_{i}", 60, 0, value) for i, value in enumerate((0.1, 0.2, 0.3, 0.9, 0.8, 0.7))]
+    found = with_truth(rows, truths)["val_top1"]
+    assert found["one_seed_better_half"] == pytest.approx(-1)
+    assert found["one_seed"] > 0.7
 
 
 def test_truth_is_the_mean_of_the_longest_trainings():
