@@ -101,6 +101,42 @@ def test_a_search_keeps_to_its_budget_and_climbs_rung_by_rung(course, seed, tota
     assert set(ranked) == set(state.fitness)
 
 
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 4])
+def test_a_stopped_search_goes_on_as_if_it_had_not_been(problem, stop_after, tmp_path):
+    rungs, path = Rungs((60, 180, 540), 20_000), tmp_path / "search.json"
+    toolbox = make_toolbox(problem)
+    toolbox.register(
+        "evaluate",
+        lambda genomes, rung: [
+            problem.score(one) + random.Random(f"{one} {rung}").gauss(0, 0.1 / 3**rung) for one in genomes
+        ],
+    )
+
+    def search(after_generation):
+        state = SearchState.load(path)
+        random.seed(7)
+        ranked = evolve(problem, toolbox, rungs, 12, [], state, after_generation)
+        return ranked, state
+
+    def stop(state):
+        state.save(path)
+        if state.generation == stop_after:
+            raise Stopped
+
+    expected, whole = search(lambda _: None)
+    assert whole.generation > 4
+    with pytest.raises(Stopped):
+        search(stop)
+    found, state = search(lambda _: None)
+    assert found == expected
+    assert list(state.fitness.items()) == list(whole.fitness.items())
+    assert (state.population, state.history) == (whole.population, whole.history)
+
+
 def test_rungs_find_better_than_short_trials_alone(course, problem):
     """At the same cost, in the mean of many searches, by the fitness without luck."""
     of_rungs, of_short = (
