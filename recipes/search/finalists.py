@@ -10,7 +10,7 @@ from microtune.modules.search.integer_program import Genome
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.options import TrialSettings
-from microtune.recipes.search.trials import accuracies
+from microtune.recipes.search.trials import fitnesses
 from microtune.recipes.search.workers import Workers
 
 
@@ -40,7 +40,7 @@ def train_finalists(
     """
     # other steps see other augmented copies: not the folder that the search's trials share
     longer = replace(settings, steps=steps, features_dir=settings.features_dir and f"{settings.features_dir}-finalists")
-    by_seed = [accuracies(workers, longer, problem, (1000 + seed,), list(proxies)) for seed in range(seeds)]
+    by_seed = [fitnesses(workers, longer, problem, (1000 + seed,), list(proxies)) for seed in range(seeds)]
     finalists = []
     for genome, *trained in zip(proxies, *by_seed, strict=True):
         known = [value for value in trained if value is not None]

@@ -15,6 +15,7 @@ GRADIENT = "gradient"  # in place of a table's file
 
 Level = Literal["sub_tensor", "layer"]
 FitnessName = Literal["table", "accuracy"]
+JudgedBy = Literal["top1", "loss"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Effort:
 
     Args:
         fitness: Fitness of a scheme: table (sum of contributions, seconds) or accuracy (of a short training of each).
+        judged_by: Measure of a trial, where fitness is accuracy: top1 or loss, both on the validation split. The loss
+            tells schemes apart that have as many samples right.
         evaluations: Number of schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
         rungs: Numbers of optimizer steps of the trials, such as 60,180,540, where fitness is accuracy: every scheme is
             trained for the first, and the best third of all so far for the next. By default all take steps.
@@ -60,6 +63,7 @@ class Effort:
     """
 
     fitness: FitnessName = "table"
+    judged_by: JudgedBy = "top1"
     evaluations: int | None = None
     rungs: str | None = None
     total_steps: int | None = None

@@ -125,7 +125,9 @@ def plan_search(
 
 
 def refuse_beside_rungs(effort: Effort) -> None:
-    """Raises ``UserError`` where options make no sense beside rungs or a budget of steps."""
+    """Raises ``UserError`` where options make no sense beside rungs or a budget of steps, or beside a table."""
+    if effort.judged_by != "top1" and effort.fitness == "table":
+        raise UserError(f"judged_by is {effort.judged_by}, but a table has scores alone: give --fitness accuracy")
     for name in ("rungs", "total_steps"):
         value = getattr(effort, name)
         if value is not None and effort.fitness == "table":

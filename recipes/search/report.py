@@ -85,7 +85,10 @@ class SearchLog:
             return
         record = state.history[-1]
         best = best_first(state.fitness)[0]
-        shown = f"{self.unit}, best {record['best'] * 100:.2f} %" if self.unit != "evaluations" else self.unit
+        shown = self.unit
+        if self.unit != "evaluations":
+            value = record["best"]  # a loss is negative
+            shown += f", best {value * 100:.2f} %" if value >= 0 else f", lowest loss {-value:.4f}"
         self.progress.update(self.bar, completed=self.rungs.spent(state.fitness), description=shown)
         distance = self.optimum.score - self.problem.score(best)
         if self.experiment is not None:
@@ -112,11 +115,11 @@ class SearchLog:
 
 
 def draw_search(
-    state: SearchState, problem: SearchProblem, optimum: Optimum, rungs: Rungs, fitness: str, path: Path
+    state: SearchState, problem: SearchProblem, optimum: Optimum, rungs: Rungs, judged_by: str, path: Path
 ) -> None:
     """Draws the fitness of every scheme on the last rung that it reached, and the best so far, as a PNG."""
     with drawn(path, figsize=(8, 4.5)) as axes:
-        scale = 100  # points
+        scale = -1 if judged_by == "loss" else 100  # points
         last = [(index, fitness_of(known)) for index, known in enumerate(state.fitness.values(), 1)]
         fitness = [(index, *known) for index, known in last if known is not None]
         for rung in sorted({rung for _, rung, _ in fitness}):
@@ -126,14 +129,15 @@ def draw_search(
         best = itertools.accumulate((known for _, *known in fitness), max)
         indexes = [index for index, *_ in fitness]
         axes.step(indexes, [value * scale for _, value in best], where="post", color="tab:red", label="best so far")
-        if fitness == "table":
+        if judged_by == "table":
             axes.axhline(optimum.score * scale, color="black", linestyle="--", label="proven optimum")
             axes.set_ylabel("sum of gains, points")
         else:
             of_optimum = fitness_of(state.fitness.get(optimum.genome, ()))
             if of_optimum is not None:
                 axes.axhline(of_optimum[1] * scale, color="black", linestyle="--", label="the table's optimum")
-            axes.set_ylabel("top-1 on the validation split, %")
+            loss = judged_by == "loss"
+            axes.set_ylabel("loss on the validation split, nats" if loss else "top-1 on the validation split, %")
         axes.set(xlabel="evaluations", title=f"{problem.network} within {problem.budget_bytes / KIB:.0f} KiB")
         axes.legend(fontsize=8)
 
@@ -156,10 +160,10 @@ def print_report(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) ->
         said = f"sum of gains {found} points"
     print(f"{said}, proven optimum {best}, random search {at_random}, with blind repair {blind}")
     if report["fitness"] == "accuracy":
-        print(
-            f"best validation accuracy of a trial: {report['best_fitness']:.2%} of {report['evaluations']} schemes, "
-            f"{report['steps_spent']} optimizer steps in all"
-        )
+        best = f"best validation accuracy of a trial: {report['best_fitness']:.2%}"
+        if report["judged_by"] == "loss":
+            best = f"lowest validation loss of a trial: {-report['best_fitness']:.4f} nats"
+        print(f"{best} of {report['evaluations']} schemes, {report['steps_spent']} optimizer steps in all")
         for pair in report["rank_correlation_of_rungs"]:
             if pair["correlation"] is not None:
                 print(

@@ -24,7 +24,7 @@ from microtune.recipes.search.provenance import provenance_of
 from microtune.recipes.search.report import SearchLog, draw_search, updated_layers
 from microtune.recipes.search.rungs import Rungs, best_first, fitness_of, pairs_of_rungs
 from microtune.recipes.search.table_search import Search
-from microtune.recipes.search.trials import accuracies, trials
+from microtune.recipes.search.trials import fitnesses, trials
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.run_folder import open_run_folder, refuse_another_run, write_config
@@ -98,7 +98,11 @@ def run_search(
     report = {**results_of(search, best, state, ranked, effort.seed), **of_finalists}
     if effort.fitness == "accuracy":
         spent = rungs.spent(state.fitness) * effort.trial_seeds
-        report |= {"steps_spent": spent, "rank_correlation_of_rungs": correlations(state, rungs)}
+        report |= {
+            "judged_by": effort.judged_by,
+            "steps_spent": spent,
+            "rank_correlation_of_rungs": correlations(state, rungs),
+        }
     report["seconds"] = time.monotonic() - started
     finish_evolved(search, best, state, rungs, report, made_by, search_log)
     return report
@@ -166,7 +170,9 @@ def evolve_schemes(
         seeds = tuple(range(effort.seed * effort.trial_seeds, (effort.seed + 1) * effort.trial_seeds))
         toolbox.register(
             "evaluate",
-            lambda genomes, rung: accuracies(workers, settings, problem, seeds, genomes, rungs.steps[rung]),
+            lambda genomes, rung: fitnesses(
+                workers, settings, problem, seeds, genomes, rungs.steps[rung], effort.judged_by
+            ),
         )
         guesses = good_guesses(problem, search.optimum, effort.population)
 
@@ -244,7 +250,8 @@ def finish_evolved(
     rule = {"rule": "proven optimum by the contribution table", "score": optimum.score}
     problem.scheme(optimum.genome, made_by(rule)).save(out_dir / "optimum.json")
     write_json(out_dir / "report.json", report)
-    draw_search(state, problem, optimum, rungs, report["fitness"], out_dir / "search.png")
+    judged_by = "table" if report["fitness"] == "table" else report["judged_by"]
+    draw_search(state, problem, optimum, rungs, judged_by, out_dir / "search.png")
     search_log.finish(report)
 
 

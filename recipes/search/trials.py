@@ -19,10 +19,12 @@ from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.search.short_training import TrialTraining
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.options import TrialSettings, check_data_is_named
+from microtune.recipes.search.options import JudgedBy, TrialSettings, check_data_is_named
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.data_module import data_module
 from microtune.recipes.training.networks import DescribedNetwork, describe_network
+
+WORST_LOSS = 100.0  # nats: of what diverged
 
 
 def described_by(settings: TrialSettings) -> DescribedNetwork:
@@ -52,45 +54,58 @@ def trials(settings: TrialSettings, recipe_seed: int | None = None) -> TrialTrai
     return _trials(_key(settings, TrialSettings.__dataclass_fields__), recipe_seed)
 
 
-def accuracy(
-    settings: TrialSettings,
-    scheme: dict[str, Any],
-    seeds: tuple[int, ...],
-    split: Split = "val",
-    steps: int | None = None,
-) -> float:
+def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, ...], split: Split = "val") -> float:
     """Mean accuracy of one scheme over seeds, on the validation split: what a worker is asked for.
-
-    Args:
-        settings: Of the trials.
-        scheme: As plain values.
-        seeds: Of the trainings.
-        split: Where the accuracy is measured.
-        steps: In place of those of the settings, which may be no fewer.
 
     Example::
 
         accuracy(settings, scheme.to_dict(), seeds=(0, 1))
     """
+    return fitness(settings, scheme, seeds, split=split)
+
+
+def fitness(
+    settings: TrialSettings,
+    scheme: dict[str, Any],
+    seeds: tuple[int, ...],
+    steps: int | None = None,
+    judged_by: JudgedBy = "top1",
+    split: Split = "val",
+) -> float:
+    """What one scheme is worth, the higher the better: the mean over seeds of its accuracy, or of its loss, negative.
+
+    Args:
+        settings: Of the trials.
+        scheme: As plain values.
+        seeds: Of the trainings.
+        steps: In place of those of the settings.
+        judged_by: The measure; a loss that is no number, or beyond it, counts as ``WORST_LOSS``.
+        split: Where it is measured.
+    """
     # two busy jobs with two threads each slow one another several times (spinning OpenMP threads)
     torch.set_num_threads(1)
-    training = trials(settings)
-    update = [UpdateScheme.from_dict(scheme)]
-    trained = [training.train(update, seed, steps=steps) for seed in seeds]
-    return sum(training.evaluate(candidates, split)[0].top1 for candidates in trained) / len(seeds)
+    training, update = trials(settings), [UpdateScheme.from_dict(scheme)]
+    found = [training.evaluate(training.train(update, seed, steps=steps), split)[0] for seed in seeds]
+    if judged_by == "top1":
+        return sum(one.top1 for one in found) / len(seeds)
+    losses = [one.cross_entropy if one.cross_entropy < WORST_LOSS else WORST_LOSS for one in found]
+    return -sum(losses) / len(seeds)
 
 
-def accuracies(
+def fitnesses(
     workers: Workers,
     settings: TrialSettings,
     problem: SearchProblem,
     seeds: tuple[int, ...],
     genomes: Sequence[Genome],
     steps: int | None = None,
+    judged_by: JudgedBy = "top1",
 ) -> list[float | None]:
-    """Mean validation accuracy of each genome's scheme over seeds, by the workers; None where a worker was lost."""
+    """The fitness of each genome's scheme, by the workers; None where a worker was lost."""
     schemes, count = [problem.scheme(genome).to_dict() for genome in genomes], len(genomes)
-    return workers.map(accuracy, [settings] * count, schemes, [seeds] * count, ["val"] * count, [steps] * count)
+    return workers.map(
+        fitness, [settings] * count, schemes, [seeds] * count, [steps] * count, [judged_by] * count
+    )  # fmt: skip
 
 
 # what of the settings the network and the data depend on

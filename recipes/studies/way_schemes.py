@@ -290,8 +290,9 @@ def search_once(search: SchemeSearch) -> str | None:
             is_coarse=fitness == "accuracy",
         )  # fmt: skip
         effort = Effort(
-            fitness, source.evaluations, population=POPULATION[fitness], finalists=0, final_seeds=1, seed=SEARCH_SEED
-        )
+            fitness, evaluations=source.evaluations, population=POPULATION[fitness], finalists=0, final_seeds=1,
+            seed=SEARCH_SEED,
+        )  # fmt: skip
         begin_search(folder, arguments, resume=is_begun)
         with Workers() as workers:
             run_search(

@@ -250,13 +250,13 @@ def in_place_of_training(patch):
     """Replaces ``Workers.map``; holds its calls, and says which of their evaluations are to be lost with a worker."""
     trained = SimpleNamespace(calls=[], lost=lambda call, index: False)
 
-    def map_in_place(workers, function, settings, schemes, seeds, splits, steps):
+    def map_in_place(workers, function, settings, schemes, seeds, steps, judged_by):
         random.seed(0)
         taken = steps[0] or settings[0].steps
         trained.calls.append(SimpleNamespace(settings=settings[0], schemes=schemes, seeds=seeds[0], steps=taken))
         number = len(trained.calls)
         return [
-            None if trained.lost(number, index) else made_up_accuracy(scheme, taken)
+            None if trained.lost(number, index) else made_up_accuracy(scheme, taken) - (judged_by[0] == "loss")
             for index, scheme in enumerate(schemes)
         ]
 
@@ -370,6 +370,19 @@ def test_search_on_rungs(trained, small, tmp_path):
     assert first["correlation"] == pytest.approx(spearmanr(*zip(*pairs, strict=True)).statistic)
     with Image.open(tmp_path / "out/search.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_search_by_the_loss(trained, by_accuracy, capsys, tmp_path):
+    """Judged by it in the trials, and by accuracy among the finalists."""
+    words = ("--judged_by", "loss", "--finalists", 2)
+    found = call(*by_accuracy, *words, "--out_dir", tmp_path / "out", with_picture=True)
+    schemes = [scheme for one in trained.calls if one.steps == 100 for scheme in one.schemes]
+    assert found.report["best_fitness"] == max(made_up_accuracy(scheme, 100) for scheme in schemes) - 1 < 0
+    assert found.report["judged_by"] == "loss"
+    assert f"lowest validation loss of a trial: {-found.report['best_fitness']:.4f} nats" in capsys.readouterr().out
+    assert found.report["finalists"][0]["val_top1_mean"] > 0
+    assert found.report["finalists"][0]["proxy"] < 0
+    assert (tmp_path / "out/search.png").exists()
 
 
 def test_the_best_scheme_so_far_is_there_at_any_time(trained, by_accuracy, caplog, tmp_path):

@@ -88,6 +88,7 @@ MISTAKES = {
     "two budgets": (EXTRA | {"mcu": "stm32f746"}, "a microcontroller and budget_kib are two budgets: give one of"),
     "misspelt": ({"contributions": "gradeint"}, "contributions is 'gradeint': give the file of a table, such as meas"),
     "rungs by table": ({"rungs": "60,180", "data": "digits"}, "rungs is 60,180, but a table's score takes no steps"),
+    "loss by table": ({"judged_by": "loss", "data": "digits"}, "judged_by is loss, but a table has scores alone"),
     "steps by table": ({"total_steps": 9, "data": "digits"}, "total_steps is 9, but a table's score takes no steps"),
     "two efforts": (
         {"total_steps": 900, "evaluations": 9, "data": "digits", "fitness": "accuracy"},

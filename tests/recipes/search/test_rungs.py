@@ -74,8 +74,9 @@ def course(problem):
         luck = {}
 
         def evaluate(genomes, rung):
-            asked.extend((genome, rung) for genome in genomes)
-            return [problem.score(one) + luck.setdefault((one, rung), rng.gauss(0, 0.1 / 3**rung)) for one in genomes]
+            values = [problem.score(one) + luck.setdefault((one, rung), rng.gauss(0, 0.1 / 3**rung)) for one in genomes]
+            asked.append((rung, dict(zip(genomes, values, strict=True))))
+            return values
 
         toolbox, state = make_toolbox(problem), SearchState()
         toolbox.register("evaluate", evaluate)
@@ -91,12 +92,16 @@ def course(problem):
 @given(seed=st.integers(0, 2**32), total_steps=st.integers(60, 20_000), population=st.integers(1, 30))
 def test_a_search_keeps_to_its_budget_and_climbs_rung_by_rung(course, seed, total_steps, population):
     ranked, state, rungs, asked = course(seed, total_steps, population)
-    assert len(asked) == len(set(asked))  # nothing is trained twice
-    assert sum(rungs.steps[rung] for _, rung in asked) == rungs.spent(state.fitness) <= total_steps
-    for rung in (1, 2):
-        below = [genome for genome, known in state.fitness.items() if len(known) >= rung]
-        above = [genome for genome, known in state.fitness.items() if len(known) > rung]
-        assert len(above) <= len(below) / 3
+    trained = [(genome, rung) for rung, values in asked for genome in values]
+    assert len(trained) == len(set(trained))  # nothing is trained twice
+    assert sum(rungs.steps[rung] for _, rung in trained) == rungs.spent(state.fitness) <= total_steps
+    so_far = [{}, {}, {}]
+    for rung, values in asked:
+        if rung:  # what rises is among the best third of all below at that time
+            below = so_far[rung - 1]
+            best = sorted(below.values(), reverse=True)[: len(below) // 3]
+            assert all(below[genome] in best for genome in values)
+        so_far[rung] |= values
     assert ranked == best_first(state.fitness)
     assert set(ranked) == set(state.fitness)
 

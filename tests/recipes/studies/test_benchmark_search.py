@@ -381,7 +381,7 @@ def test_arms_of_different_lengths_are_drawn(tmp_path):
 def test_fewer_schemes_than_evaluations(measurement, monkeypatch, tmp_path):
     """The arms end when they have seen what they can reach."""
     monkeypatch.setattr(benchmark_search, "accuracy", lambda *_: 0.5)
-    monkeypatch.setattr("microtune.recipes.search.trials.accuracy", lambda *_: 0.5)
+    monkeypatch.setattr("microtune.recipes.search.trials.fitness", lambda *_: 0.5)
     words = (*ACCURACY, "--evaluations", 100, "--measurements", measurement, "--out_dir", tmp_path / "out")
     found = call(*words)
     lengths = {row["arm"]: len(row["best_val_top1"]) for row in found.results}
