@@ -238,8 +238,8 @@ def print_figures(data: str, figures: dict[str, Any]) -> None:
     spread = figures["spread"]
     print(
         f"after {figures['longest_steps']} steps schemes differ by {spread['between_schemes'] * 100:.2f} points "
-        f"(standard deviation), seeds by {spread['between_seeds'] * 100:.2f}; the best of random ones could be "
-        f"{figures['ceiling'] * 100:.1f} points above their mean"
+        f"(standard deviation), seeds by {spread['between_seeds'] * 100:.2f}; choosing among random ones by such "
+        f"trainings gains {shown(figures['ceiling'], 100)} points"
     )
     for kind, of_kind in spread["kinds"].items():
         print(

@@ -96,7 +96,7 @@ def figures_of(rows: Sequence[TrialRow]) -> dict[str, Any]:
         best = at_best_rate([row for row in rows if row.steps == steps])
         found["with_longest"].append({"steps": steps, "learning_rate": None, **with_truth(best, truths)})
     found["spread"] = spread(longest)
-    found["ceiling"] = ceiling(longest, CANDIDATES)
+    found["ceiling"] = ceiling(longest)
     found["chosen"] = [
         {"steps": one["steps"], "learning_rate": one["learning_rate"], **chosen_by(of, truths)}
         for one in found["with_longest"]
@@ -223,33 +223,40 @@ def chosen_by(rows: Sequence[TrialRow], truths: dict[str, float]) -> dict[str, A
     complete = [name for name in truths if seeds and all((name, seed) in of_seed for seed in seeds)]
     if len(complete) < 2:
         return {}
-    rng, count = np.random.default_rng(0), min(CANDIDATES, max(2, len(complete) // 2))
-    draws = np.array([rng.choice(len(complete), count, replace=False) for _ in range(DRAWS)])
     truth = np.array([truths[name] for name in complete])
-    found: dict[str, Any] = {"candidates": count}
+    found: dict[str, Any] = {"candidates": candidates_of(len(complete))}
     for name, measure in MEASURES.items():
-        gains = []
-        for seed in seeds:
-            values = np.array([measure(of_seed[scheme, seed]) for scheme in complete])
-            picked = draws[np.arange(DRAWS), values[draws].argmax(1)]
-            gains.append(float(truth[picked].mean() - truth.mean()))
-        found[name] = mean(gains)
+        values = [np.array([measure(of_seed[scheme, seed]) for scheme in complete]) for seed in seeds]
+        found[name] = mean(gain(of_one, truth) for of_one in values)
     return found
 
 
-def ceiling(rows: Sequence[TrialRow], candidates: int) -> float:
-    """What the best of so many random schemes is above their mean, if one could see the truth, in fractions.
+def ceiling(rows: Sequence[TrialRow]) -> float | None:
+    """What choosing by the test accuracy of the longest trainings themselves gains, in fractions; None of one seed.
 
-    It is the expected maximum of a normal distribution with the standard deviation between schemes: the best of
-    measured means would have luck in it.
+    The best of measured means has luck in it: so it is chosen by all seeds but one, and the gain is that of the other.
 
     Args:
         rows: Of the longest training.
-        candidates: Number of schemes.
     """
-    of_random = [row for row in rows if kind_of(row.scheme).startswith("random")]
-    draws = np.random.default_rng(0).standard_normal((DRAWS, candidates))
-    return float(draws.max(1).mean()) * spread(of_random)["between_schemes"]
+    of_schemes = [of for name, of in by_scheme(rows).items() if kind_of(name).startswith("random")]
+    seeds = min((len(of_scheme) for of_scheme in of_schemes), default=0)
+    if len(of_schemes) < 2 or seeds < 2:
+        return None
+    test = np.array([[row.test_top1 for row in of_scheme[:seeds]] for of_scheme in of_schemes])
+    return mean(gain(np.delete(test, seed, axis=1).mean(1), test[:, seed]) for seed in range(seeds))
+
+
+def gain(values: np.ndarray, truth: np.ndarray) -> float:
+    """The mean truth of the scheme of the highest value among some that are drawn, less the mean truth of all."""
+    rng, count = np.random.default_rng(0), candidates_of(len(values))
+    draws = np.array([rng.choice(len(values), count, replace=False) for _ in range(DRAWS)])
+    return float(truth[draws[np.arange(DRAWS), values[draws].argmax(1)]].mean() - truth.mean())
+
+
+def candidates_of(schemes: int) -> int:
+    """How many of so many schemes are drawn to choose from."""
+    return min(CANDIDATES, max(2, schemes // 2))
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:
