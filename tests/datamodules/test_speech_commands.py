@@ -109,8 +109,18 @@ def test_real_words12(shared_data):
     assert spectrograms.abs().max() < 4
 
 
-def test_real_sizes(shared_data):
-    words10, every = (ready(shared_data / REAL, task=task) for task in ("words10", "all"))
+@pytest.fixture(scope="module")
+def real_words10(shared_data):
+    return ready(shared_data / REAL, task="words10")
+
+
+@pytest.fixture(scope="module")
+def real_all(shared_data):
+    return ready(shared_data / REAL, task="all")
+
+
+def test_real_sizes(real_words10, real_all):
+    words10, every = real_words10, real_all
     assert words10.class_names == list(COMMANDS)
     assert (words10.train_samples, words10.val_samples, words10.test_samples) == (952, 197, 351)
     assert every.class_names == sorted(WORDS[2])
@@ -118,9 +128,9 @@ def test_real_sizes(shared_data):
     assert (every.train_samples, every.val_samples, every.test_samples) == (1118, 238, 414)
 
 
-def test_real_splits_are_disjoint_and_whole(shared_data):
+def test_real_splits_are_disjoint_and_whole(shared_data, real_all):
     folder = shared_data / REAL
-    train, val, test = files(ready(folder, task="all"))
+    train, val, test = files(real_all)
     assert val == set((folder / "validation_list.txt").read_text().split())
     assert test == set((folder / "testing_list.txt").read_text().split())
     assert not train & (val | test)
@@ -131,9 +141,8 @@ def test_real_splits_are_disjoint_and_whole(shared_data):
     assert not speakers[1] & speakers[2]
 
 
-def test_real_sound_is_not_changed_by_evaluation(shared_data):
-    folder = shared_data / REAL
-    data = ready(folder, task="words10")
+def test_real_sound_is_not_changed_by_evaluation(shared_data, real_words10):
+    folder, data = shared_data / REAL, real_words10
     waveforms, labels = batches(data.test_dataloader())
     paths, expected = data._chosen["test"]
     assert labels.tolist() == expected
