@@ -91,8 +91,6 @@ def run_search(
     if is_gradient and effort.fitness == "table":
         return finish_computed(search, made_by, search_log, started)
     settings = replace(settings, features_dir=settings.features_dir or str(out_dir / "features"))
-    if effort.fitness == "accuracy":
-        tell_expected_time(search, rungs, settings, effort.trial_seeds, workers)
     ranked, state = evolve_schemes(search, effort, rungs, settings, workers, table_file, made_by, search_log)
     best, of_finalists = best_of_finalists(search, effort, settings, workers, state, ranked)
     report = {**results_of(search, best, state, ranked, effort.seed), **of_finalists}
@@ -121,17 +119,16 @@ def keep_table(table: ContributionTable, path: Path) -> Path:
     return path
 
 
-def tell_expected_time(
-    search: Search, rungs: Rungs, settings: TrialSettings, trial_seeds: int, workers: Workers
-) -> None:
-    """Says how long the trials will take, by the step of the table's optimum on this machine."""
+def tell_expected_time(search: Search, steps: int, settings: TrialSettings, workers: Workers) -> None:
+    """Says how long so many steps of trials will take, by a step of the table's optimum on this machine."""
     scheme = search.problem.scheme(search.optimum.genome)
-    step_seconds = trials(replace(settings, features="none", steps=1)).step_seconds(scheme)
-    minutes = step_seconds * rungs.total_steps * trial_seeds / workers.processes / 60
+    # the settings of ``measure_gradient``, whose network is still there
+    step_seconds = trials(replace(settings, features="none", features_dir=None, steps=1)).step_seconds(scheme)
+    minutes = step_seconds * steps / workers.processes / 60
     shared = " of one worker" if workers.cluster else ""
     log.info(
         "%s optimizer steps: about %.0f min%s; the best scheme so far is in scheme.json at any time",
-        f"{rungs.total_steps * trial_seeds:,}", max(1, minutes), shared,
+        f"{steps:,}", max(1, minutes), shared,
     )  # fmt: skip
 
 
@@ -155,7 +152,7 @@ def evolve_schemes(
 ) -> tuple[list[Genome], SearchState]:
     """Evolves schemes, from the state in the run's folder on, where there is one, and keeps it after every generation.
 
-    The best scheme so far is kept too, from the start on.
+    Where schemes are trained, which takes long, the best so far is kept too, from the start on.
 
     Returns:
         The schemes, the best first, and the state at the end.
@@ -175,6 +172,8 @@ def evolve_schemes(
             ),
         )
         guesses = good_guesses(problem, search.optimum, effort.population)
+        left = (rungs.total_steps - rungs.spent(state.fitness)) * effort.trial_seeds
+        tell_expected_time(search, left, settings, workers)
 
     def keep_best(genome: Genome) -> None:
         found = {"unfinished": True, "evaluations": len(state.fitness)}
@@ -182,11 +181,12 @@ def evolve_schemes(
 
     def after_generation(state: SearchState) -> None:
         state.save(state_file)
-        for best in best_first(state.fitness)[:1]:  # none, where all were lost
-            keep_best(best)
+        ranked = best_first(state.fitness)
+        if ranked and effort.fitness == "accuracy":
+            keep_best(ranked[0])
         search_log.generation(state)
 
-    if not state.fitness:
+    if not state.fitness and effort.fitness == "accuracy":
         keep_best(search.optimum.genome)
     with search_log:
         ranked = evolve(problem, toolbox, rungs, effort.population, guesses, state, after_generation)

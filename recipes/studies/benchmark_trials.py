@@ -65,6 +65,7 @@ class Terms:
     """How the schemes of one data set are trained.
 
     Args:
+        name: Name of the data set in the list.
         task: The data set.
         budget: As rows of results name it.
         lengths: Numbers of steps, ascending.
