@@ -32,11 +32,12 @@ from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.named_json import checked
 from microtune.recipes.studies.options import TaskOptions, TermOptions, WayOptions, refuse_contradictions
 from microtune.recipes.studies.paired_differences import compare_all, draw_comparisons, log_to_wandb, print_report
+from microtune.recipes.studies.scheme_search import search_once
 from microtune.recipes.studies.seeded_trainings import Case, train_until_none_diverges
 from microtune.recipes.studies.study import Study, keep_results, missing_from, trainings_of, with_chosen_rates
 from microtune.recipes.studies.study_folder import MAY_CHANGE, hashes_of, keep_definitions, opened_folder, watched
 from microtune.recipes.studies.transfer_tasks import TransferTask, load_tasks
-from microtune.recipes.studies.way_schemes import found_scheme, keep_scheme, schemes_without_search, search_once
+from microtune.recipes.studies.way_schemes import found_scheme, keep_scheme, schemes_without_search
 from microtune.recipes.studies.ways import RULES, SEARCHES, WHOLE, Numbers, Way, load_ways
 from microtune.recipes.training.command_line import flat, listed, run_recipe
 from microtune.recipes.training.command_line import numbers as numbers_in

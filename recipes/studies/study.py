@@ -12,16 +12,16 @@ from microtune.datamodules.option_names import KeepName
 from microtune.datamodules.reproducible_order import data_loader
 from microtune.modules.csv_rows import read_rows, write_rows
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
-from microtune.recipes.search.options import TrialSettings
+from microtune.recipes.search.options import Effort, TrialSettings
 from microtune.recipes.search.trials import network_and_data
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.options import TermOptions
 from microtune.recipes.studies.result_rows import Result
+from microtune.recipes.studies.scheme_search import SchemeSearch
 from microtune.recipes.studies.seeded_trainings import Case, Training, best_rates
 from microtune.recipes.studies.transfer_tasks import TransferTask
 from microtune.recipes.studies.way_schemes import (
     SEARCH_SEED,
-    SchemeSearch,
     WaysOfOneScheme,
     budget_by_name,
     extra_bytes,
@@ -146,16 +146,18 @@ class Study:
         numbers = source.search_numbers or case.numbers
         depth = len(self.described(case.data, numbers).operations.convolutions)
         features: KeepName = "none"  # a gradient looks at some hundred samples
+        effort = Effort(seed=SEARCH_SEED)
         if source.scheme == "accuracy":
             features = self.terms.features
+            effort = replace(effort, fitness="accuracy", evaluations=source.evaluations, finalists=0)
         settings = task.trial_settings(
             numbers, base_depth=min(self.base_depth, depth), batch_size=self.terms.batch_size,
             learning_rate=task.middle_rate, features=features, features_limit_mib=self.terms.features_limit_mib,
             # other steps see other augmented copies: not the folder of the trainings
             features_dir=str(self.out_dir / "features" / f"{case.data}-{numbers}-searches"),
         )  # fmt: skip
-        name = f"{case.data}-{numbers}-{case.budget}-{search_name(source)}"
-        return SchemeSearch(source, settings, case.budget, self.out_dir / "searches" / name)
+        folder = self.out_dir / "searches" / f"{case.data}-{numbers}-{case.budget}-{search_name(source)}"
+        return SchemeSearch(settings, case.budget, folder, effort, source.level, source.channel_multiple)
 
     def rate_of(self, data: str, way: Way) -> float:
         """The learning rate of a way where none is chosen for it, in proportion to its batch size."""

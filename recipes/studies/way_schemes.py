@@ -3,14 +3,9 @@
 import functools
 import logging
 import random
-import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from microtune.modules.memory.microcontrollers import MICROCONTROLLERS, Fit, Microcontroller
 from microtune.modules.memory.peak_memory import PeakMemory
@@ -29,17 +24,9 @@ from microtune.modules.sparse_update.simple_schemes import (
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.budget import Budget
-from microtune.recipes.search.genetic_algorithm import POPULATION
-from microtune.recipes.search.gradient_search import gradient_search, measure_gradient
-from microtune.recipes.search.options import GRADIENT, Effort, TrialSettings
-from microtune.recipes.search.plan import CHOICE_SAMPLES, rungs_of
-from microtune.recipes.search.run import begin_search, run_search
 from microtune.recipes.search.table_search import load_table, make_problem
-from microtune.recipes.search.trials import described_by
-from microtune.recipes.search.workers import Workers
 from microtune.recipes.studies.result_rows import memory_and_kib
 from microtune.recipes.studies.ways import RULES, SEARCHES, Way
-from microtune.recipes.training.command_line import flat
 from microtune.recipes.training.memory_figures import KIB, fit_of, refuse_oversize
 from microtune.recipes.training.networks import DescribedNetwork
 
@@ -224,92 +211,10 @@ def table_without_gains(described: DescribedNetwork) -> ContributionTable:
     return ContributionTable(tuple(rows))
 
 
-@dataclass(frozen=True)
-class SchemeSearch:
-    """A search for a scheme, as plain values: what a worker is asked for.
-
-    Args:
-        source: What of a way decides its scheme.
-        settings: Of the trials.
-        budget: As rows of results name it.
-        folder: Of the search; it is done when its report is there.
-    """
-
-    source: Way
-    settings: TrialSettings
-    budget: str
-    folder: Path
-
-    @property
-    def report_file(self) -> Path:
-        """What the search leaves behind when it is done."""
-        return self.folder / "report.json"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Of ``evolve_update_scheme.py``, which would find the same."""
-        settings, source = self.settings, self.source
-        memory, kib = memory_and_kib(self.budget)
-        is_device = self.budget in MICROCONTROLLERS
-        within = {"mcu": self.budget} if is_device else {"memory": memory, "budget_kib": kib}
-        arguments = {
-            name: getattr(settings, name)
-            for name in (
-                "network", "data", "data_dir", "data_options", "weights", "width", "resolution", "base_depth",
-                "batch_size", "learning_rate", "features", "features_dir",
-            )
-        }  # fmt: skip
-        arguments |= {
-            "contributions": GRADIENT, "fitness": "table", "level": source.level, "seed": SEARCH_SEED,
-            "channel_multiple": source.channel_multiple, "head_convolution": settings.head_convolution or None,
-        }  # fmt: skip
-        if source.scheme == "accuracy":
-            arguments |= {"fitness": "accuracy", "evaluations": source.evaluations, "finalists": 0}
-        return flat(arguments | within)
-
-
 def search_name(source: Way) -> str:
     """What tells a search apart from others for the same data and budget."""
     parts = [source.scheme, source.level, f"multiple{source.channel_multiple}"]
     return "-".join(parts + ([f"{source.evaluations}trials"] if source.scheme == "accuracy" else []))
-
-
-def search_once(search: SchemeSearch) -> str | None:
-    """Searches, or goes on with a search that was stopped; returns what went wrong, if anything did."""
-    torch.set_num_threads(1)
-    started, folder, arguments = time.monotonic(), search.folder, search.arguments
-    is_begun = (folder / "config.yaml").exists()
-    if not is_begun:
-        shutil.rmtree(folder, ignore_errors=True)
-    source, fitness = search.source, arguments["fitness"]
-    try:
-        budget, described = budget_by_name(search.budget), described_by(search.settings)
-        measured = measure_gradient(search.settings, CHOICE_SAMPLES, SEARCH_SEED)
-        found = gradient_search(
-            described, measured, budget, search.settings.base_depth, source.level, source.channel_multiple,
-            is_coarse=fitness == "accuracy",
-        )  # fmt: skip
-        effort = Effort(
-            fitness, evaluations=source.evaluations, population=POPULATION[fitness], finalists=0, final_seeds=1,
-            seed=SEARCH_SEED,
-        )  # fmt: skip
-        begin_search(folder, arguments, resume=is_begun)
-        with Workers() as workers:
-            run_search(
-                found,
-                effort,
-                rungs_of(effort, search.settings),
-                search.settings,
-                budget,
-                workers,
-                arguments,
-                "none",
-                folder,
-                started,
-            )
-    except UserError as error:
-        return f"{folder.name}: {error}"
-    return None
 
 
 def found_scheme(ways: WaysOfOneScheme, file: Path) -> UpdateScheme:

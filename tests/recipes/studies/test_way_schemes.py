@@ -1,6 +1,5 @@
 """Schemes of ways: rules fill the budget, random ones differ, searches go on, and nothing exceeds the budget."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,17 +10,14 @@ from microtune.modules.search.contributions import Contribution, ContributionTab
 from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.options import TrialSettings
 from microtune.recipes.studies import way_schemes
 from microtune.recipes.studies.way_schemes import (
-    SchemeSearch,
     WaysOfOneScheme,
     budget_by_name,
     keep_scheme,
     random_schemes,
     scheme_by_rule,
     schemes_without_search,
-    search_once,
     with_fewer_channels,
 )
 from microtune.recipes.studies.ways import Way
@@ -218,51 +214,6 @@ def test_schemes_are_kept(tmp_path):
     assert UpdateScheme.load(tmp_path / "a.json") == one
 
 
-# ---- searches
-
-
-@pytest.fixture
-def search(tmp_path):
-    settings = TrialSettings("digits", resolution=32, base_depth=6, batch_size=16, learning_rate=0.1, features="none")
-    return SchemeSearch(Way("gradient").source, settings, "extra16", tmp_path / "search")
-
-
-def test_search_is_that_of_the_recipe(search, command, tmp_path):
-    """By the arguments that the scheme's provenance has."""
-    assert search_once(search) is None
-    given = {name: value for name, value in search.arguments.items() if value not in (None, {})}
-    words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    ended = command("evolve_update_scheme", *words, "--logger", "none", "--out_dir", tmp_path / "recipe")
-    assert ended.status == 0, ended.errors
-    ours, recipes = (UpdateScheme.load(tmp_path / name / "scheme.json") for name in ("search", "recipe"))
-    assert replace(ours, provenance={}) == replace(recipes, provenance={})
-    assert ours.bias_depth
-    assert json.loads(search.report_file.read_text())["seconds"] > 0
-
-
-def test_search_goes_on_and_one_that_had_not_begun_begins(search, monkeypatch):
-    """A folder that was made, and nothing in it that says of what: a kill at the wrong moment."""
-    (search.folder / "metrics").mkdir(parents=True)
-    assert search_once(search) is None
-    assert not (search.folder / "metrics").exists()
-    search.report_file.unlink()
-    found = (search.folder / "scheme.json").read_bytes()
-    assert search_once(search) is None
-    assert UpdateScheme.load(search.folder / "scheme.json").weights == UpdateScheme.from_dict(json.loads(found)).weights
-
-
-def test_search_that_fails_says_so(search):
-    failure = search_once(replace(search, budget="extra0.01"))
-    assert failure.startswith("search: budget_bytes is 10 of extra memory")
-    assert not search.report_file.exists()
-
-
-def test_search_by_accuracy_trains_schemes(search):
+def test_searches_that_differ_have_other_names():
     source = Way("accuracy", level="layer", evaluations=3).source
-    by_accuracy = replace(search, source=source, settings=replace(search.settings, steps=2))
-    assert search_once(by_accuracy) is None
-    report = json.loads(search.report_file.read_text())
-    assert (report["fitness"], report["level"], report["evaluations"]) == ("accuracy", "layer", 3)
-    scheme = UpdateScheme.load(search.folder / "scheme.json")
-    assert set(scheme.weights.values()) <= {1.0}
     assert way_schemes.search_name(source) != way_schemes.search_name(replace(source, evaluations=4))
