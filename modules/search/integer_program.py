@@ -76,6 +76,12 @@ def best_genome(program: IntegerProgram) -> Genome | None:
     return best
 
 
+def best_at_depth(program: IntegerProgram, depth: int) -> Genome | None:
+    """The genome with the highest sum of gains of those with this bias depth, by its index; None if none fits."""
+    with _silent_standard_output():
+        return _best_of_depth(program, depth)
+
+
 def _highest_gain(program: IntegerProgram, depth: int) -> float:
     """No genome of this bias depth scores more: the optimum if parts of choices could be taken; -inf if none fits."""
     options = _usable_options(program, depth)

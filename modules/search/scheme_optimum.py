@@ -1,8 +1,11 @@
 """The proven optimum of a search problem, by mixed-integer programs: what a search is measured against."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from microtune.modules.search.integer_program import Genome, best_genome
+import numpy as np
+
+from microtune.modules.search.integer_program import Genome, best_at_depth, best_genome
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
 
@@ -46,3 +49,24 @@ def proven_optimum(problem: SearchProblem) -> Optimum:
         )
     genome = best_genome(problem.integer_program())
     return Optimum(genome, problem.score(genome))
+
+
+def best_at_depths(problem: SearchProblem, depths: Iterable[int], power: float = 1.0) -> list[Genome]:
+    """The best genome at each of some bias depths, by gains to a power; without depths at which nothing fits.
+
+    Gains of single updates do not say what several are worth together, nor how the memory is best shared between biases
+    and weights: a power below one spreads memory over more layers, one above concentrates it on few.
+
+    Args:
+        problem: What to solve; the bytes of its layers add up.
+        depths: Indexes into ``problem.depths``.
+        power: Of the absolute value of each gain; its sign stays.
+
+    Example::
+
+        best_at_depths(problem, range(len(problem.depths)), power=0.7)
+    """
+    program = problem.integer_program()
+    program = replace(program, gains=np.sign(program.gains) * np.abs(program.gains) ** power)
+    found = (best_at_depth(program, depth) for depth in depths)
+    return [genome for genome in found if genome is not None]

@@ -2,13 +2,13 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 from deap import base, tools
 
 from microtune.modules.search.integer_program import Genome
-from microtune.modules.search.scheme_optimum import Optimum
+from microtune.modules.search.scheme_optimum import Optimum, best_at_depths
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.checkpoint import SearchState
@@ -39,7 +39,9 @@ class Individual(list):
 # budget a single change of a ratio seldom helps, so half of the mutations move memory from one layer to another. Every
 # child is repaired and filled with gains that are a little off, else all fillings would be the greedy one.
 SURVIVORS_PER_DEPTH = 3
-POPULATION = {"table": 40, "accuracy": 16}  # by how fitness is told
+POPULATION = {"table": 40, "accuracy": 8}  # by how fitness is told
+GUESSED_DEPTHS = 10
+POWERS = (1.0, 0.7, 1.5)  # of the gains of good guesses
 IMMIGRANTS = 0.1
 CROSSOVER = 0.6
 FILLING_NOISE = 0.5
@@ -66,19 +68,21 @@ def make_toolbox(problem: SearchProblem, left_out: float = 0.0) -> base.Toolbox:
     toolbox.register("mutate", mutate, problem=problem)
     toolbox.register("select_parents", tools.selTournament, k=2, tournsize=3)
     toolbox.register("select", survivors, per_depth=SURVIVORS_PER_DEPTH)
+    toolbox.register("propose", new_children, toolbox)
     toolbox.register("evaluate", lambda genomes, rung: list(map(problem.score, genomes)))
     return toolbox
 
 
-def good_guesses(problem: SearchProblem, optimum: Optimum, population: int) -> list[Genome]:
-    """What a search by accuracy begins with: the table's optimum, rules of thumb, and neighbours of the optimum.
+def good_guesses(problem: SearchProblem, optimum: Optimum) -> list[Genome]:
+    """What a search by accuracy begins with: the table's optimum, the last layers, and the best of other bias depths.
 
-    They are three quarters of a population at most: the rest is random, so that the table does not decide everything.
+    Of which depth the best scheme is, and over how many layers its memory is spread, gains do not say: so there is one
+    for each of some depths and powers of the gains.
     """
-    neighbours = problem.neighbours(optimum.genome)
-    random.shuffle(neighbours)
-    guesses = [optimum.genome, *rules_of_thumb(problem), *neighbours]
-    return list(dict.fromkeys(guesses))[: population * 3 // 4]
+    deepest = len(problem.depths) - 1
+    depths = dict.fromkeys(round(deepest * (1 - part / GUESSED_DEPTHS)) for part in range(GUESSED_DEPTHS))
+    by_depth = [genome for power in POWERS for genome in best_at_depths(problem, depths, power)]
+    return list(dict.fromkeys([optimum.genome, *rules_of_thumb(problem)[:1], *by_depth]))
 
 
 def rules_of_thumb(problem: SearchProblem) -> list[Genome]:
@@ -121,7 +125,9 @@ def survivors(individuals: Sequence[Individual], k: int, per_depth: int) -> list
     return chosen[:k]
 
 
-def new_children(toolbox: base.Toolbox, parents: Sequence[Individual], count: int, known: set) -> list[Individual]:
+def new_children(
+    toolbox: base.Toolbox, parents: Sequence[Individual], count: int, known: Container[Genome]
+) -> list[Individual]:
     """Children that were not evaluated before; fewer than ``count`` where the search has seen all it can reach."""
     children: dict[Genome, Individual] = {}
     tries = MOST_TRIES * max(count, 20)  # also for the few that are left at the end
@@ -158,10 +164,10 @@ def evolve(
     Args:
         problem: What to solve.
         toolbox: From ``make_toolbox``; its ``evaluate(genomes, rung)`` gives the fitness of each, or None where the
-            evaluation was lost.
+            evaluation was lost, and its ``propose(parents, count, known)`` new children.
         rungs: What evaluations cost, and may cost.
         population: Number of survivors, and of children, of a generation.
-        guesses: Genomes to begin with; the rest of the first generation is random.
+        guesses: Genomes to begin with, generation by generation, three quarters of all evaluations at most.
         state: What to begin from; brought up to date before ``after_generation`` is called.
         after_generation: Keeps the state.
 
@@ -178,11 +184,13 @@ def evolve(
         statistics.register(name, function)
     logbook = tools.Logbook()
     parents = [Individual(genome, fitness_of(state.fitness[genome])) for genome in state.population]
+    # they are not all there is, so that the table does not decide everything
+    guesses = guesses[: rungs.affordable({}, 0) * 3 // 4]
     while affordable := rungs.affordable(state.fitness, 0):
         count = min(population, affordable)
-        children = [Individual(genome) for genome in guesses[:count]] if not state.fitness else []
-        known = state.fitness.keys() | {tuple(child) for child in children}
-        children += new_children(toolbox, parents, count - len(children), known)
+        children = [Individual(genome) for genome in guesses if genome not in state.fitness][:count]
+        known = state.fitness | {tuple(child): () for child in children}
+        children += toolbox.propose(parents, count - len(children), known)
         if not children or (parents and len(children) < LEAST_NEW * count):
             log.info("no new schemes come up after %d evaluations", len(state.fitness))
             break

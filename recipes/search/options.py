@@ -16,6 +16,7 @@ GRADIENT = "gradient"  # in place of a table's file
 Level = Literal["sub_tensor", "layer"]
 FitnessName = Literal["table", "accuracy"]
 JudgedBy = Literal["top1", "loss"]
+ProposedBy = Literal["evolution", "random"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ class Effort:
         fitness: Fitness of a scheme: table (sum of contributions, seconds) or accuracy (of a short training of each).
         judged_by: Measure of a trial, where fitness is accuracy: top1 or loss, both on the validation split. The loss
             tells schemes apart that have as many samples right.
+        proposed_by: Where new schemes come from, where fitness is accuracy: evolution, or random, repaired and filled
+            as those of evolution are.
         evaluations: Number of schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
         rungs: Numbers of optimizer steps of the trials, such as 60,180,540, where fitness is accuracy: every scheme is
             trained for the first, and the best third of all so far for the next. By default all take steps.
         total_steps: Number of optimizer steps of all trials, in place of evaluations; by default 20,000 with rungs.
-        population: Number of survivors of a generation; by default 40, or 16 by accuracy.
+        population: Number of survivors of a generation; by default 40, or 8 by accuracy.
         trial_seeds: Number of trainings of each scheme, where fitness is accuracy.
         finalists: Number of best schemes to train for longer, beside the table's optimum and as many of the last layers
             as fit; the validation split chooses. By default 4; 0 for none, without data, and by the gradient alone.
@@ -64,6 +67,7 @@ class Effort:
 
     fitness: FitnessName = "table"
     judged_by: JudgedBy = "top1"
+    proposed_by: ProposedBy = "evolution"
     evaluations: int | None = None
     rungs: str | None = None
     total_steps: int | None = None

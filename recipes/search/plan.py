@@ -128,6 +128,11 @@ def refuse_beside_rungs(effort: Effort) -> None:
     """Raises ``UserError`` where options make no sense beside rungs or a budget of steps, or beside a table."""
     if effort.judged_by != "top1" and effort.fitness == "table":
         raise UserError(f"judged_by is {effort.judged_by}, but a table has scores alone: give --fitness accuracy")
+    if effort.proposed_by != "evolution" and effort.fitness == "table":
+        raise UserError(
+            f"proposed_by is {effort.proposed_by}, but by a table random search stands beside the evolution in any "
+            "case: leave it out, or give --fitness accuracy"
+        )
     for name in ("rungs", "total_steps"):
         value = getattr(effort, name)
         if value is not None and effort.fitness == "table":

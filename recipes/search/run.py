@@ -23,6 +23,7 @@ from microtune.recipes.search.options import GRADIENT, Effort, TrialSettings
 from microtune.recipes.search.provenance import provenance_of
 from microtune.recipes.search.report import SearchLog, draw_search, updated_layers
 from microtune.recipes.search.rungs import Rungs, best_first, fitness_of, pairs_of_rungs
+from microtune.recipes.search.surrogate import propose_by_surrogate
 from microtune.recipes.search.table_search import Search
 from microtune.recipes.search.trials import fitnesses, trials
 from microtune.recipes.search.workers import Workers
@@ -171,7 +172,11 @@ def evolve_schemes(
                 workers, settings, problem, seeds, genomes, rungs.steps[rung], effort.judged_by
             ),
         )
-        guesses = good_guesses(problem, search.optimum, effort.population)
+        if effort.proposed_by == "random":
+            toolbox.register("select", lambda individuals, k: [])  # without parents all are drawn
+        else:
+            toolbox.register("propose", propose_by_surrogate, toolbox, problem)
+            guesses = good_guesses(problem, search.optimum)
         left = (rungs.total_steps - rungs.spent(state.fitness)) * effort.trial_seeds
         tell_expected_time(search, left, settings, workers)
 

@@ -119,11 +119,16 @@ def _draw_comparison(axes: "Axes", comparison: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
+def print_comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
+    """Prints a table for each comparison."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for comparison in comparisons:
+        console.print(_table(comparison))
+
+
 def print_report(report: dict[str, Any], out_dir: Path) -> None:
     """Prints a table for each comparison, what is missing, and where the results lie."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for comparison in report["comparisons"]:
-        console.print(_table(comparison))
+    print_comparisons(report["comparisons"])
     for line in report["missing"]:
         print(f"missing: {line}")
     print(f"results: {out_dir / 'results.csv'}, report: {out_dir / 'report.json'}, {report['seconds']:.0f} s")

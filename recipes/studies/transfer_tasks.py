@@ -31,6 +31,7 @@ class TransferTask:
         learning_rates: What is tried, from low to high; searches train with the one in the middle.
         width: Multiplier of the channels of the network in floating point; by default that of the weights.
         head_convolution: Whether that network has its last 1x1 convolution.
+        contributions: Table that measure_contributions.py wrote for it.
 
     Raises:
         pydantic.ValidationError: A value is out of its range.
@@ -49,6 +50,7 @@ class TransferTask:
     learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.003, 0.0125, 0.05)
     width: float | None = None
     head_convolution: bool = False
+    contributions: str | None = None
 
     @property
     def numbers(self) -> tuple[Numbers, ...]:

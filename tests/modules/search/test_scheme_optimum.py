@@ -1,6 +1,7 @@
 """The proven optimum equals the best of all genomes, counted out."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -14,7 +15,7 @@ from microtune.modules.memory.training_memory import flash_bytes
 from microtune.modules.networks.operations import find_operations
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.search.random_search import random_search
-from microtune.modules.search.scheme_optimum import proven_optimum
+from microtune.modules.search.scheme_optimum import best_at_depths, proven_optimum
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.user_error import UserError
 from microtune.recipes.training.networks import describe_network
@@ -53,6 +54,23 @@ def tables(draw) -> ContributionTable:
         for layer, ratio in itertools.product(layers, ratios)
     ]
     return ContributionTable(tuple(rows))
+
+
+@settings(max_examples=20, deadline=None)
+@given(tables(), st.floats(0, 1), st.sampled_from([0.5, 1.0, 1.5]))
+def test_best_at_each_depth_is_the_best_of_all_there(table, room, power):
+    """By gains to a power, whose signs stay."""
+    problem = SearchProblem("m", PEAK_MEMORIES["default"], table, round((8 + 100 * room) * 1024), "extra")
+    found = {genome[0]: genome for genome in best_at_depths(problem, range(len(problem.depths)), power)}
+
+    def score(genome):
+        return sum(math.copysign(abs(gain) ** power, gain) for gain in problem.gains_of(genome))
+
+    best: dict[int, float] = {}
+    for genome in filter(problem.fits, all_genomes(problem)):
+        best[genome[0]] = max(best.get(genome[0], -math.inf), score(genome))
+    assert {depth: pytest.approx(score(genome)) for depth, genome in found.items()} == best
+    assert all(problem.fits(genome) for genome in found.values())
 
 
 @settings(max_examples=80, deadline=None)

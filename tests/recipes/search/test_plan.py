@@ -43,7 +43,7 @@ def test_defaults_by_the_table():
 
 def test_defaults_by_accuracy():
     plan = planned(data="digits", fitness="accuracy")
-    assert (plan.effort.evaluations, plan.effort.population, plan.effort.finalists) == (200, 16, 4)
+    assert (plan.effort.evaluations, plan.effort.population, plan.effort.finalists) == (200, 8, 4)
 
 
 def test_defaults_by_a_gradient():
@@ -89,6 +89,10 @@ MISTAKES = {
     "misspelt": ({"contributions": "gradeint"}, "contributions is 'gradeint': give the file of a table, such as meas"),
     "rungs by table": ({"rungs": "60,180", "data": "digits"}, "rungs is 60,180, but a table's score takes no steps"),
     "loss by table": ({"judged_by": "loss", "data": "digits"}, "judged_by is loss, but a table has scores alone"),
+    "at random by table": (
+        {"proposed_by": "random", "data": "digits"},
+        "proposed_by is random, but by a table random search stands beside the evolution in any case",
+    ),
     "steps by table": ({"total_steps": 9, "data": "digits"}, "total_steps is 9, but a table's score takes no steps"),
     "two efforts": (
         {"total_steps": 900, "evaluations": 9, "data": "digits", "fitness": "accuracy"},

@@ -1,0 +1,149 @@
+"""The comparison of searches: the same steps and trainings for all of them, each once, its rows, and clear errors."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from microtune.modules.csv_rows import read_rows
+from microtune.modules.sparse_update.update_scheme import UpdateScheme
+from microtune.recipes.studies import compare_searches, seeded_trainings
+from microtune.recipes.studies.compare_searches import FINAL_SEED, RATE_SEED
+from microtune.recipes.studies.result_rows import Result
+
+RECIPE = "compare_searches"
+TASK = {"data": "digits", "weights": "none", "data_options": {"classes": [0, 1]}, "resolution": 32}
+SEARCHED = ("evolution", "random_halving", "one_pass")
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory, small_table):
+    """Of a comparison of some seconds."""
+    path = tmp_path_factory.mktemp("tasks") / "data_sets.json"
+    ones = TASK | {"learning_rates": [0.1, 0.4], "contributions": str(small_table)}
+    path.write_text(json.dumps({"ones": ones, "twos": TASK | {"learning_rates": [0.1]}}))
+    return ("--data_sets", path, "--only", "ones", "--budgets", "extra10", "--base_depth", 25, "--rungs", "1,2",
+            "--total_steps", 14, "--final_steps", 3, "--seeds", 2)  # fmt: skip
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """The searches and trainings that are really done."""
+    found = {"search_once": [], "train_once": []}
+    for module, name in ((compare_searches, "search_once"), (seeded_trainings, "train_once")):
+        original, kept = getattr(module, name), found[name]
+        monkeypatch.setattr(module, name, lambda *of, do=original, kept=kept: (kept.append(of[0]), do(*of))[1])
+    return found
+
+
+def test_comparison(words, command, done, tmp_path):
+    arms = ",".join([*SEARCHED, "table_optimum", "published"])
+    ended = command(RECIPE, *words, "--arms", arms, "--out_dir", tmp_path / "out")
+    assert ended.status == 0, ended.errors
+    assert len(done["search_once"]) == 2 * len(SEARCHED)
+    rows = read_rows(tmp_path / "out/searches.csv", Result)
+    expected = {(arm, seed) for arm in (*SEARCHED, "table_optimum") for seed in (0, 1)}  # published is one size
+    assert {(row.way, row.seed) for row in rows} == expected
+    assert len(rows) == len(expected)
+    assert {(row.steps, row.learning_rate in (0.1, 0.4)) for row in rows} == {(3, True)}
+    trained = {(one.seed, one.settings.steps, one.splits) for one in done["train_once"]}
+    of_rates = {(RATE_SEED + seed, 1, ("val",)) for seed in (0, 1)}
+    assert trained == of_rates | {(FINAL_SEED + seed, 3, ("val", "test")) for seed in (0, 1)}
+
+    # the same steps for all that train, none for what does not
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    steps = {one["arm"]: one["steps"] for one in report["costs"]}
+    assert steps["one_pass"] == 0
+    assert {steps[arm] for arm in ("evolution", "random_halving")} == {14}
+    (comparison,) = report["comparisons"]
+    assert [one["way"] for one in comparison["ways"]] == [*SEARCHED, "table_optimum"]
+    by_hand = [
+        one.top1 - other.top1
+        for seed in (0, 1)
+        for one in rows
+        for other in rows
+        if (one.way, one.seed, other.way, other.seed) == ("evolution", seed, "one_pass", seed)
+    ]
+    assert comparison["ways"][2]["difference"] == pytest.approx(sum(by_hand) / 2)
+    assert "Top-1 on the test split: " in ended.output
+    assert "What a search takes, means over seeds" in ended.output
+    with Image.open(tmp_path / "out/comparison.png") as picture:
+        assert (picture.format, min(picture.size) > 300) == ("PNG", True)
+
+    # given again it does nothing anew; with more seeds, or another data set, what there is stays
+    for kept in done.values():
+        kept.clear()
+    again = command(RECIPE, *words, "--arms", arms, "--out_dir", tmp_path / "out")
+    assert again.output == ended.output
+    assert done == {"search_once": [], "train_once": []}
+    more = ("--arms", "one_pass", "--seeds", 3, "--out_dir", tmp_path / "out")
+    assert command(RECIPE, *words, *more).status == 0
+    assert command(RECIPE, *words, *more, "--only", "twos").status == 0
+    assert [one.effort.seed for one in done["search_once"]] == [2, 0, 1, 2]
+    kept = read_rows(tmp_path / "out/searches.csv", Result)
+    assert set(rows) < set(kept)
+    assert len(kept) == len(rows) + 1 + 3
+
+
+def test_evolution_at_what_the_published_scheme_takes(words, command, tmp_path):
+    arms = ("--arms", "one_pass,published", "--budgets", "published", "--seeds", 1)
+    assert command(RECIPE, *words, *arms, "--out_dir", tmp_path / "out").status == 0
+    rows = {row.way: row for row in read_rows(tmp_path / "out/searches.csv", Result)}
+    published = rows["published"]
+    assert rows["one_pass"].extra_memory_bytes <= published.extra_memory_bytes
+    assert published.budget == rows["one_pass"].budget == f"extra{published.extra_memory_bytes / 1024:.6f}"
+    scheme = UpdateScheme.load(compare_searches.PAPERS_SCHEME)
+    assert (published.bias_depth, published.updated_layers) == (scheme.bias_depth, len(scheme.weights))
+
+
+def test_the_rate_with_the_lowest_loss_is_taken(words, command, tmp_path, monkeypatch):
+    """One whose loss is no number never is."""
+
+    def trained(training, path):
+        loss = {0.1: 2.0, 0.4: None if training.seed == RATE_SEED else 1.0}[training.learning_rate]
+        top1 = dict.fromkeys(training.splits, 0.5)
+        found = {"top1": top1, "cross_entropy": dict.fromkeys(training.splits, loss), "loss": 1.0, "seconds": 1.0}
+        compare_searches.write_json(path, found)
+
+    monkeypatch.setattr(seeded_trainings, "train_once", trained)
+    assert command(RECIPE, *words, "--arms", "one_pass", "--out_dir", tmp_path / "out").status == 0
+    rows = read_rows(tmp_path / "out/searches.csv", Result)
+    assert {row.seed: row.learning_rate for row in rows} == {0: 0.1, 1: 0.4}
+
+
+def test_a_search_that_failed_is_told(words, command, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(compare_searches, "search_once", lambda search: f"{search.folder.name}: it went wrong")
+    ended = command(RECIPE, *words, "--arms", "one_pass,table_optimum", "--out_dir", tmp_path / "out")
+    assert ended.status == 0
+    assert "ones-fp32-extra10-one_pass-seed0: it went wrong" in caplog.text
+    assert "missing" in ended.output
+    assert {row.way for row in read_rows(tmp_path / "out/searches.csv", Result)} == {"table_optimum"}
+
+
+MISTAKES = {
+    "arms": (("--arms", "evolution,luck"), "arms has 'luck': give some of evolution, evolution_layers, random_halving"),
+    "no budget": (
+        ("--budgets", "none"),
+        "schemes are searched within a budget: give one with --budgets, such as extra",
+    ),
+    "unknown budget": (("--budgets", "z80"), "budget is 'z80': give KiB of extra memory such as extra64"),
+    "final steps": (("--final_steps", 2), "final_steps is 2: give 3 or more"),
+    "seeds": (("--seeds", 0), "seeds is 0: give 1 or more"),
+    "rungs": (("--rungs", "180,60"), "rungs is 180,60: give numbers of steps, each more than the one before"),
+    "steps": (("--total_steps", 0), "total_steps is 0: give 1 or more"),
+    "too shallow": (("--base_depth", 12, "--budgets", "published"), "base_depth is 12, but the published scheme reach"),
+    "unknown data set": (("--only", "tens"), "has no data set 'tens': it has ones, twos"),
+    "no int8 network": (("--numbers", "int8"), "there is no int8 network for digits: give it, or leave int8 out"),
+    "missing list": (("--data_sets", "nowhere.json"), "nowhere.json: cannot read the list of data sets"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake, words, command, tmp_path):
+    wrong, message = MISTAKES[mistake]
+    ended = command(RECIPE, *words, *wrong, "--out_dir", tmp_path / "out")
+    assert (ended.status, ended.output) == (2, "")
+    assert message in ended.errors
+    assert not (tmp_path / "out").exists()
