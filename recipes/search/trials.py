@@ -54,16 +54,6 @@ def trials(settings: TrialSettings, recipe_seed: int | None = None) -> TrialTrai
     return _trials(_key(settings, TrialSettings.__dataclass_fields__), recipe_seed)
 
 
-def accuracy(settings: TrialSettings, scheme: dict[str, Any], seeds: tuple[int, ...], split: Split = "val") -> float:
-    """Mean accuracy of one scheme over seeds, on the validation split: what a worker is asked for.
-
-    Example::
-
-        accuracy(settings, scheme.to_dict(), seeds=(0, 1))
-    """
-    return fitness(settings, scheme, seeds, split=split)
-
-
 def fitness(
     settings: TrialSettings,
     scheme: dict[str, Any],
@@ -74,6 +64,8 @@ def fitness(
 ) -> float:
     """What one scheme is worth, the higher the better: the mean over seeds of its accuracy, or of its loss, negative.
 
+    It is what a worker is asked for.
+
     Args:
         settings: Of the trials.
         scheme: As plain values.
@@ -81,6 +73,10 @@ def fitness(
         steps: In place of those of the settings.
         judged_by: The measure; a loss that is no number, or beyond it, counts as ``WORST_LOSS``.
         split: Where it is measured.
+
+    Example::
+
+        fitness(settings, scheme.to_dict(), seeds=(0, 1))  # 0.71, the mean accuracy
     """
     # two busy jobs with two threads each slow one another several times (spinning OpenMP threads)
     torch.set_num_threads(1)

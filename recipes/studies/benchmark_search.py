@@ -1,23 +1,20 @@
-"""Judges the search: evolution against the proven optimum and random search, by table and by real training.
+"""Judges the search by a contribution table: evolution against the proven optimum and random search; and its speed.
 
-    uv run recipes/studies/benchmark_search.py --level table --processes 2 --out_dir runs/by_table
-    uv run recipes/studies/benchmark_search.py --level accuracy --processes 2 --out_dir runs/by_accuracy
+    uv run recipes/studies/benchmark_search.py --processes 2 --out_dir runs/by_table
     uv run recipes/studies/benchmark_search.py --level speed
 
-By table: three contribution tables (the two of ``recipes/contributions`` and a made one in which budget and layers
-play together), five budgets, ten seeds. By accuracy: evolution, random search with the same repair and as many trials,
-and the table's optimum alone, on the data of those two tables. A search that is finished is kept in the folder, so that
-the same command goes on where it was stopped.
+Three contribution tables (the two of ``recipes/contributions`` and a made one in which budget and layers play
+together), five budgets, ten seeds. A search that is finished is kept in the folder, so that the same command goes on
+where it was stopped. By accuracy ``compare_searches.py`` judges.
 """
 
 import itertools
 import json
-import math
 import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +29,6 @@ from microtune.modules.memory.training_memory import extra_memory_bytes
 from microtune.modules.networks.operations import NetworkOperations
 from microtune.modules.search.contributions import Contribution, ContributionTable
 from microtune.modules.search.genome_bytes import Memory
-from microtune.modules.search.integer_program import Genome
 from microtune.modules.search.random_search import random_search
 from microtune.modules.search.scheme_optimum import proven_optimum
 from microtune.modules.search.search_problem import SearchProblem
@@ -41,13 +37,12 @@ from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
 from microtune.recipes.search.budget import Budget, budget_of
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.finalists import train_finalists
-from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, good_guesses, make_toolbox
+from microtune.recipes.search.genetic_algorithm import POPULATION, evolve, make_toolbox
 from microtune.recipes.search.options import TrialSettings
 from microtune.recipes.search.rungs import Rungs
 from microtune.recipes.search.shared_folder import open_shared_folder
 from microtune.recipes.search.table_search import make_problem
-from microtune.recipes.search.trials import accuracy, described_by
+from microtune.recipes.search.trials import described_by
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import check_at_least_one, flat, listed, run_recipe
 from microtune.recipes.training.memory_figures import KIB
@@ -62,87 +57,61 @@ MEASUREMENTS = (
 EXTRA_BUDGETS_KIB = (32, 48, 64, 100)
 PEAK_BUDGET = "nrf52840"
 MADE = "made"
-ARMS = ("evolution", "random", "optimum")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One search, or one budget of a table with all its searches; plain values, since it goes to another process."""
+    """All searches of a seed by one table at one budget; plain values, since it goes to another process."""
 
-    level: str
     measurement: str
     budget: str
     seed: int
-    arm: str
     evaluations: int
-    trial_steps: int
-    final_steps: int
-    final_seeds: int
 
     @property
     def file_name(self) -> str:
         """Where its result is kept."""
-        return f"{self.level}_{Path(self.measurement).name}_{self.budget}_{self.arm}_seed{self.seed}.json"
+        return f"{Path(self.measurement).name}_{self.budget}_seed{self.seed}.json"
 
 
 def main(
-    level: Literal["table", "accuracy", "speed"] = "table",
+    level: Literal["table", "speed"] = "table",
     measurements: str = MEASUREMENTS,
-    accuracy_budget_kib: int = 48,
     evaluations: int | None = None,
-    seeds: int | None = None,
-    trial_steps: int = 60,
-    final_steps: int = 160,
-    final_seeds: int = 3,
+    seeds: int = 10,
     processes: int = 1,
     out_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Judges the search: evolution against the proven optimum and random search, by table and by real training.
+    """Judges the search by a contribution table: evolution against the proven optimum and random search.
 
     Args:
-        level: Score of the schemes: the contribution table, or the accuracy of a short training; or speed, how
-            long it takes to score and repair as many genomes as ``evaluations`` says, by default 100,000.
-        measurements: Folders of measure_contributions.py, separated by commas: the tables, and the data they are of.
-        accuracy_budget_kib: Extra memory, in KiB, of the searches by accuracy.
-        evaluations: Number of schemes that each search evaluates; by default 5,000 by table (random search also gets
-            four times as many), 200 by accuracy.
-        seeds: Repetitions; by default 10 by table, 3 by accuracy.
-        trial_steps: Optimizer steps of a trial.
-        final_steps: Optimizer steps with which, by accuracy, finalists and what each search returns are trained.
-        final_seeds: Trainings of what each search returns, on whose test accuracy it is judged.
+        level: What is judged: what is found by the contribution table; or speed, how long it takes to score and repair
+            as many genomes as ``evaluations`` says, by default 100,000.
+        measurements: Folders of measure_contributions.py, separated by commas.
+        evaluations: Number of schemes that each search evaluates, by default 5,000; random search also gets four times
+            as many.
+        seeds: Repetitions.
         processes: Processes of this machine that search, one thread each.
         out_dir: Folder of the results; by default a new one below runs/.
     """
     arguments = flat(locals())
     torch.set_num_threads(1)
-    counts = {"evaluations": evaluations, "seeds": seeds, "processes": processes}
-    check_at_least_one(**counts, trial_steps=trial_steps, final_steps=final_steps, final_seeds=final_seeds)
+    check_at_least_one(evaluations=evaluations, seeds=seeds, processes=processes)
     folders = [Path(name) for name in listed(measurements)]
     refuse_wrong_folders(folders)
-    budget_of("extra", accuracy_budget_kib, None, None, None, None)
     if level == "speed":
         return [measure_speed(folders[0], memory, evaluations or 100_000) for memory in ("extra", "peak")]
     out_dir = out_dir or new_folder(Path("runs") / "benchmark_search")
     open_shared_folder(out_dir, arguments, {"out_dir", "processes"})
-    common = (trial_steps, final_steps, final_seeds)
-    if level == "table":
-        names = [str(folder) for folder in folders] + [MADE]
-        budgets = [*(f"extra{kib}" for kib in EXTRA_BUDGETS_KIB), PEAK_BUDGET]
-        cells = itertools.product(names, budgets, range(seeds or 10))
-        jobs = [Job(level, name, budget, seed, "all", evaluations or 5000, *common) for name, budget, seed in cells]
-    else:
-        budget = f"extra{accuracy_budget_kib}"
-        cells = itertools.product(range(seeds or 3), map(str, folders), ARMS)
-        jobs = [Job(level, name, budget, seed, arm, evaluations or 200, *common) for seed, name, arm in cells]
+    names = [str(folder) for folder in folders] + [MADE]
+    budgets = [*(f"extra{kib}" for kib in EXTRA_BUDGETS_KIB), PEAK_BUDGET]
+    cells = itertools.product(names, budgets, range(seeds))
+    jobs = [Job(name, budget, seed, evaluations or 5000) for name, budget, seed in cells]
     results = do_jobs(jobs, str(folders[0]), out_dir, processes)
-    write_json(out_dir / f"{level}_search.json", results)
-    if level == "table":
-        print_table_level(results)
-        draw_table_level(results, out_dir / "table_search.png")
-    else:
-        print_accuracy_level(results)
-        draw_accuracy_level(results, out_dir / "accuracy_search.png")
-    print(f"results: {out_dir / f'{level}_search.json'} and .png")
+    write_json(out_dir / "table_search.json", results)
+    print_table_level(results)
+    draw_table_level(results, out_dir / "table_search.png")
+    print(f"results: {out_dir / 'table_search.json'} and .png")
     return results
 
 
@@ -194,8 +163,7 @@ def do_job(job: Job, first: str, out_dir: Path) -> None:
     torch.set_num_threads(1)
     random.seed(job.seed)
     measurement = Path(first if job.measurement == MADE else job.measurement)
-    settings = replace(settings_of_measurement(measurement), steps=job.trial_steps)
-    described = described_by(settings)
+    described = described_by(settings_of_measurement(measurement))
     table = (
         made_table(described) if job.measurement == MADE else ContributionTable.load(measurement / "contributions.csv")
     )
@@ -206,9 +174,8 @@ def do_job(job: Job, first: str, out_dir: Path) -> None:
         else budget_of("peak", None, job.budget, None, None, None)
     )
     problem = make_problem(described, table, budget)
-    result = search_table(job, problem) if job.level == "table" else search_accuracy(job, problem, settings)
-    write_json(out_dir / job.file_name, {"measurement": Path(job.measurement).name, "budget": job.budget,
-               "seed": job.seed, "arm": job.arm, **result})  # fmt: skip
+    cell = {"measurement": Path(job.measurement).name, "budget": job.budget, "seed": job.seed}
+    write_json(out_dir / job.file_name, cell | search_table(job, problem))
 
 
 def settings_of_measurement(folder: Path) -> TrialSettings:
@@ -269,53 +236,6 @@ def search_table(job: Job, problem: SearchProblem) -> dict[str, Any]:
     }
 
 
-def search_accuracy(job: Job, problem: SearchProblem, settings: TrialSettings) -> dict[str, Any]:
-    """The best validation accuracy after each trial of one arm, and the test accuracy of what it returns.
-
-    The trials of all arms of a seed have the same classifier and the same batches.
-    """
-    optimum = proven_optimum(problem)
-    fitness: dict[Genome, float] = {}
-
-    def evaluate(genome: Genome) -> float:
-        if genome not in fitness:
-            fitness[genome] = accuracy(settings, problem.scheme(genome).to_dict(), (job.seed,))
-        return fitness[genome]
-
-    if job.arm == "optimum":
-        evaluate(optimum.genome)
-    elif job.arm == "random":
-        draws = random.Random(job.seed)
-        for _ in range(100 * job.evaluations):  # repair makes the same of many
-            if len(fitness) < job.evaluations:
-                evaluate(problem.repair(problem.random_genome(draws)))
-    else:
-        toolbox = make_toolbox(problem)
-        toolbox.register("evaluate", lambda genomes, rung: list(map(evaluate, genomes)))
-        population = POPULATION["accuracy"]
-        guesses = good_guesses(problem, optimum, population)
-        evolve(problem, toolbox, Rungs((1,), job.evaluations), population, guesses, SearchState(), lambda state: None)
-    best = sorted(fitness, key=lambda genome: -fitness[genome])[:4]
-    proxies = {genome: fitness[genome] for genome in best}
-    returned, of_finalists = train_finalists(problem, proxies, settings, job.final_steps, 2, Workers())
-    longer = replace(settings, steps=job.final_steps)
-    scheme = problem.scheme(returned).to_dict()
-    test = [accuracy(longer, scheme, (2000 + seed,), "test") for seed in range(job.final_seeds)]
-    best_so_far, curve = -math.inf, []
-    for value in fitness.values():
-        best_so_far = max(best_so_far, value)
-        curve.append(best_so_far)
-    return {
-        "best_val_top1": curve,
-        **of_finalists,
-        "scheme": scheme,
-        "memory_bytes": problem.memory_bytes(returned),
-        "within_budget": problem.fits(returned),
-        "val_top1": of_finalists["finalists"][0]["val_top1_mean"],
-        "test_top1": test,
-    }
-
-
 def print_table_level(results: Sequence[dict[str, Any]]) -> None:
     """Prints per table the parts of the optimum that each search reached: median and worst of budgets and seeds."""
     table = Table("table", "search", "evaluations", "median, %", "worst, %", title="Parts of the proven optimum")
@@ -346,48 +266,6 @@ def draw_table_level(results: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set_xticks(range(1, len(searches) + 1), labels, fontsize=8)
             axes.set_title(name, fontsize=9)
         axes.figure.supylabel("part of the proven optimum, % (whiskers: worst and best)", fontsize=9)
-
-
-def print_accuracy_level(results: Sequence[dict[str, Any]]) -> None:
-    """Prints per data set and arm the accuracies, mean and deviation over the seeds."""
-    table = Table("data", "search", "trials", "best trial, val %", "returned, val %", "returned, test %", "KiB")
-    for name, arm in dict.fromkeys((result["measurement"], result["arm"]) for result in results):
-        rows = [result for result in results if (result["measurement"], result["arm"]) == (name, arm)]
-        of_rows = {
-            "best": [row["best_val_top1"][-1] for row in rows],
-            "val": [row["val_top1"] for row in rows],
-            "test": [statistics.mean(row["test_top1"]) for row in rows],
-        }
-        shown = {key: _mean_and_deviation(values) for key, values in of_rows.items()}
-        memory = statistics.mean(row["memory_bytes"] for row in rows) / KIB
-        trials = statistics.mean(len(row["best_val_top1"]) for row in rows)
-        table.add_row(name, arm, f"{trials:.0f}", shown["best"], shown["val"], shown["test"], f"{memory:.1f}")
-    Console(width=120).print(table)
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values) * 100:.1f} ± {deviation * 100:.1f}"
-
-
-def draw_accuracy_level(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the best validation accuracy over trials, one line per seed, as a PNG."""
-    names = list(dict.fromkeys(result["measurement"] for result in results))
-    with drawn(path, 1, len(names), figsize=(6.5 * len(names), 4.5)) as panels:
-        colors = {"evolution": "tab:red", "random": "tab:blue", "optimum": "black"}
-        for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
-            rows = [result for result in results if result["measurement"] == name]
-            for row in rows:
-                curve = [value * 100 for value in row["best_val_top1"]]
-                label = row["arm"] if row["seed"] == 0 else None
-                if row["arm"] == "optimum":
-                    axes.axhline(
-                        curve[-1], color="black", linestyle="--", linewidth=0.8, label=label and "table's optimum"
-                    )
-                else:
-                    axes.step(range(1, len(curve) + 1), curve, where="post", color=colors[row["arm"]], label=label)
-            axes.set(xlabel="trials", ylabel="best validation accuracy of a trial, %", title=name)
-            axes.legend(fontsize=8)
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ def test_trials_are_those_of_the_settings(whole, words):
     scheme = UpdateScheme("mobilenet_v2-w0.35", 6, {EXPANDING[0]: 0.25})
     (row,) = (row for row in read(whole / "trials.csv") if (row["layer"], row["ratio"], row["seed"]) ==
               (EXPANDING[0], "0.25", "1"))  # fmt: skip
-    assert trial_setup.accuracy(settings, scheme.to_dict(), (1,)) == float(row["val_top1"])
+    assert trial_setup.fitness(settings, scheme.to_dict(), (1,)) == float(row["val_top1"])
 
 
 def test_picture(whole):

@@ -392,7 +392,7 @@ def test_trials_are_built_once():
 def test_accuracy_is_the_mean_over_seeds(no_memory):
     scheme = UpdateScheme(NAME, 3)
     each = [trial_setup.trials(SETTINGS).accuracies([scheme], seed)[0] for seed in (0, 1)]
-    assert trial_setup.accuracy(SETTINGS, scheme.to_dict(), seeds=(0, 1)) == sum(each) / 2
+    assert trial_setup.fitness(SETTINGS, scheme.to_dict(), seeds=(0, 1)) == sum(each) / 2
 
 
 def test_a_seed_gives_the_classifier_whatever_was_drawn_before(no_memory):

@@ -21,7 +21,7 @@ from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.simple_schemes import is_expanding
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.studies import benchmark_search
-from microtune.recipes.studies.benchmark_search import draw_accuracy_level, made_table
+from microtune.recipes.studies.benchmark_search import made_table
 from microtune.recipes.training.command_line import run_recipe
 from microtune.recipes.training.networks import describe_network
 
@@ -29,13 +29,7 @@ RECIPE = "benchmark_search"
 ALL_BUDGETS_KIB = benchmark_search.EXTRA_BUDGETS_KIB
 BUDGETS = ["extra16", "extra64", "nrf52840"]  # two of extra memory are enough
 SEARCHES = ["evolution", "random", "random_x4", "blind", "blind_x4"]
-BUDGET_BYTES = 48 * 1024  # by accuracy
-ARMS = ["evolution", "random", "optimum"]
 TABLE = ("--level", "table", "--seeds", 2, "--evaluations", 100)
-ACCURACY = (
-    *("--level", "accuracy", "--evaluations", 6, "--seeds", 1),
-    *("--trial_steps", 2, "--final_steps", 2, "--final_seeds", 1),
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -180,7 +174,7 @@ def test_printed_table(by_table, command):
 def test_stopped_benchmark_goes_on(by_table, jobs_done, tmp_path):
     """Only what is missing is done, and it comes out as before."""
     shutil.copytree(by_table.folder, tmp_path / "out")
-    missing = ["table_digits_extra64_all_seed1.json", "table_made_extra16_all_seed0.json"]
+    missing = ["digits_extra64_seed1.json", "made_extra16_seed0.json"]
     for name in (*missing, "table_search.json", "table_search.png"):
         (tmp_path / "out" / name).unlink()
     resumed = call(*by_table.words[:-1], tmp_path / "out")
@@ -197,9 +191,6 @@ def test_stopped_benchmark_goes_on(by_table, jobs_done, tmp_path):
     [
         (("--seeds", 3), "seeds 2, not 3"),
         (("--evaluations", 50), "evaluations 100, not 50"),
-        (("--level", "accuracy"), "level table, not accuracy"),
-        (("--final_steps", 5), "final_steps 160, not 5"),
-        (("--accuracy_budget_kib", 32), "accuracy_budget_kib 48, not 32"),
     ],
 )
 def test_other_arguments_are_refused(changes, message, by_table, command, jobs_done):
@@ -279,117 +270,6 @@ def test_greed_goes_wrong_on_the_made_table(photographs):
     assert worst < 0.999
 
 
-# ---- by accuracy
-
-
-@pytest.fixture(scope="module")
-def by_accuracy(measurement, tmp_path_factory):
-    """A finished benchmark; not to be changed."""
-    out_dir = tmp_path_factory.mktemp("accuracy") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        calls = []
-
-        def accuracy(settings, scheme, seeds, split="val"):
-            calls.append((settings.steps, seeds, split))
-            return original(settings, scheme, seeds, split)
-
-        original = benchmark_search.accuracy
-        patch.setattr(benchmark_search, "accuracy", accuracy)
-        found = call(*ACCURACY, "--measurements", measurement, "--out_dir", out_dir)
-    found.calls = calls
-    found.of_arm = {row["arm"]: row for row in found.results}
-    return found
-
-
-def test_three_arms(by_accuracy):
-    assert [row["arm"] for row in by_accuracy.results] == ARMS
-    assert {(row["measurement"], row["budget"], row["seed"]) for row in by_accuracy.results} == {
-        ("digits", "extra48", 0)
-    }
-    assert json.loads((by_accuracy.folder / "accuracy_search.json").read_text()) == by_accuracy.results
-    assert len(kept(by_accuracy.folder)) == 3
-
-
-def test_curves(by_accuracy):
-    """As many trials with search as without, and the best so far never falls."""
-    curves = {arm: row["best_val_top1"] for arm, row in by_accuracy.of_arm.items()}
-    assert {arm: len(curve) for arm, curve in curves.items()} == {"evolution": 6, "random": 6, "optimum": 1}
-    for curve in curves.values():
-        assert curve == sorted(curve)
-        assert all(0 <= value <= 1 for value in curve)
-
-
-def test_arms_share_their_trial_seed(by_accuracy):
-    """All trials have the seed of the job, so evolution, which begins with the optimum, finds for it what it gets."""
-    trials = [seeds for _, seeds, split in by_accuracy.calls if split == "val"]
-    assert trials == [(0,)] * (6 + 6 + 1)
-    assert by_accuracy.of_arm["evolution"]["best_val_top1"][0] == by_accuracy.of_arm["optimum"]["best_val_top1"][0]
-
-
-def test_judged_by_test_accuracy_with_other_seeds(by_accuracy):
-    assert [seeds for _, seeds, split in by_accuracy.calls if split == "test"] == [(2000,)] * 3
-    for row in by_accuracy.results:
-        assert len(row["test_top1"]) == 1
-        assert 0 <= row["test_top1"][0] <= 1
-        assert 1 <= len(row["finalists"]) <= 4
-        assert row["val_top1"] == max(finalist["val_top1_mean"] for finalist in row["finalists"])
-
-
-def test_returned_schemes_fit(by_accuracy, described):
-    operations = described.operations
-    for row in by_accuracy.results:
-        scheme = UpdateScheme.from_dict(row["scheme"])
-        scheme.check(operations.convolutions, described.name)
-        size_bytes = extra_memory_bytes(operations.convolutions, operations.classifier_features, scheme)
-        assert row["memory_bytes"] == size_bytes <= BUDGET_BYTES
-        assert row["within_budget"] is True
-
-
-def test_optimum_arm_returns_the_optimum(by_accuracy, described, measurement):
-    table = ContributionTable.load(measurement / "contributions.csv")
-    problem = SearchProblem(described.name, PeakMemory(described.operations), table, BUDGET_BYTES, "extra")
-    optimum = problem.scheme(proven_optimum(problem).genome)
-    assert UpdateScheme.from_dict(by_accuracy.of_arm["optimum"]["scheme"]) == optimum
-
-
-def test_accuracy_picture_is_png(by_accuracy):
-    assert Image.open(by_accuracy.folder / "accuracy_search.png").format == "PNG"
-
-
-def test_same_accuracy_command_does_no_work_again(by_accuracy, command, jobs_done):
-    before = kept(by_accuracy.folder)
-    ended = command(RECIPE, *by_accuracy.words)
-    assert ended.status == 0, ended.errors
-    assert jobs_done == []
-    assert kept(by_accuracy.folder) == before
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.output.splitlines() if "│" in line]
-    assert [row[:3] for row in rows] == [
-        ["digits", "evolution", "6"],
-        ["digits", "random", "6"],
-        ["digits", "optimum", "1"],
-    ]
-
-
-def test_arms_of_different_lengths_are_drawn(tmp_path):
-    """Repair makes the same of many random genomes, so that a small table has fewer schemes than evaluations."""
-    curves = {"evolution": [0.1, 0.2, 0.2, 0.3], "random": [0.1, 0.2], "optimum": [0.2]}
-    rows = [{"measurement": "digits", "seed": 0, "arm": arm, "best_val_top1": curves[arm]} for arm in ARMS]
-    draw_accuracy_level(rows, tmp_path / "accuracy.png")
-    assert Image.open(tmp_path / "accuracy.png").format == "PNG"
-
-
-def test_fewer_schemes_than_evaluations(measurement, monkeypatch, tmp_path):
-    """The arms end when they have seen what they can reach."""
-    monkeypatch.setattr(benchmark_search, "accuracy", lambda *_: 0.5)
-    monkeypatch.setattr("microtune.recipes.search.trials.fitness", lambda *_: 0.5)
-    words = (*ACCURACY, "--evaluations", 100, "--measurements", measurement, "--out_dir", tmp_path / "out")
-    found = call(*words)
-    lengths = {row["arm"]: len(row["best_val_top1"]) for row in found.results}
-    assert lengths["optimum"] == 1
-    assert 1 <= lengths["random"] < 100
-    assert 1 <= lengths["evolution"] < 100
-
-
 # ---- speed
 
 
@@ -423,12 +303,8 @@ def test_measurements_of_the_same_name(command, measurement, tmp_path):
 MISTAKES = {
     "no evaluations": (("--evaluations", 0), "evaluations is 0: give 1 or more"),
     "no seeds": (("--seeds", 0), "seeds is 0: give 1 or more"),
-    "no steps": (("--trial_steps", 0), "trial_steps is 0: give 1 or more"),
-    "no final steps": (("--final_steps", 0), "final_steps is 0: give 1 or more"),
-    "no final seeds": (("--final_seeds", 0), "final_seeds is 0: give 1 or more"),
     "no processes": (("--processes", 0), "processes is 0: give 1 or more"),
-    "no budget": (("--level", "accuracy", "--accuracy_budget_kib", 0), "budget_kib is 0"),
-    "unknown level": (("--level", "luck"), "level is luck: give one of 'table', 'accuracy', 'speed'"),
+    "unknown level": (("--level", "luck"), "level is luck: give one of 'table', 'speed'"),
     "evaluations in words": (("--evaluations", "many"), "evaluations is many: give a whole number"),
     "no measurement": (("--measurements", "nowhere"), "nowhere is no folder of measure_contributions.py: it lacks "
                        "contributions.csv"),
