@@ -1,5 +1,6 @@
 """The search for an update scheme: which one within a budget has the highest score by a contribution table."""
 
+import copy
 import itertools
 import random
 from collections.abc import Callable
@@ -108,14 +109,30 @@ class SearchProblem:
             self.part_of[depths:] - 1,
             with_flash,
         )
-        self.limits = np.full(self.account.constant.shape[1], float(self.budget_bytes))
-        if with_flash:
-            self.limits[-1] = self.flash_limit_bytes
+        self._set_limits()
         # a layer lies within all depths from one on
         self._first_depth = [int((self.account.first_updated > index).sum()) for index in layer_indexes.tolist()]
         parts_within = np.arange(depths)[:, None] >= np.array([0, *self._first_depth])
         self._parts_outside = (~parts_within).astype(float)
         self.is_within = parts_within[:, self.part_of]
+
+    def _set_limits(self) -> None:
+        """What each moment may take, and the frozen weights."""
+        self.limits = np.full(self.account.constant.shape[1], float(self.budget_bytes))
+        if self.flash_limit_bytes is not None:
+            self.limits[-1] = self.flash_limit_bytes
+
+    def within(self, budget_bytes: float) -> "SearchProblem":
+        """The same problem within another budget: the same genomes stand for the same schemes.
+
+        Raises:
+            UserError: No scheme fits it.
+        """
+        other = copy.copy(self)
+        other.budget_bytes = budget_bytes
+        other._set_limits()
+        other._start = other._first_that_fits()
+        return other
 
     def random_genome(self, rng: random.Random) -> Genome:
         """One at random, which may be over the budget: any depth, and any ratio of each layer within it."""

@@ -49,39 +49,51 @@ MOST_TRIES = 10  # per child, to make one that was not seen before
 LEAST_NEW = 0.1  # part of a generation; with fewer the search has seen what it can reach
 
 
-def make_toolbox(problem: SearchProblem, left_out: float = 0.0) -> base.Toolbox:
+def make_toolbox(problem: SearchProblem, left_out: float = 0.0, levels: Sequence[SearchProblem] = ()) -> base.Toolbox:
     """The operators, which draw from Python's global random numbers as DEAP's own do; fitness is by the table.
 
     Args:
         problem: What to solve.
         left_out: Part of what could be filled that is not, where filling makes the same of all: for fitness that is not
             the table's, by which what leaves memory unused is never the best.
+        levels: The problem within other budgets, of which each genome is repaired for one; by default for its own.
     """
+
+    def repair(genome: Sequence[int], left_out: float) -> Individual:
+        within = random.choice(levels) if levels else problem
+        return Individual(within.repair(tuple(genome), random, FILLING_NOISE, left_out))
+
     toolbox = base.Toolbox()
-    toolbox.register("repair", lambda genome: Individual(problem.repair(tuple(genome), random, FILLING_NOISE)))
-    toolbox.register(
-        "repair_loosely",
-        lambda genome: Individual(problem.repair(tuple(genome), random, FILLING_NOISE, left_out)),
-    )
+    toolbox.register("repair", repair, left_out=0.0)
+    toolbox.register("repair_loosely", repair, left_out=left_out)
     toolbox.register("immigrant", lambda: toolbox.repair(problem.random_genome(random)))
     toolbox.register("mate", tools.cxUniform, indpb=0.5)
     toolbox.register("mutate", mutate, problem=problem)
     toolbox.register("select_parents", tools.selTournament, k=2, tournsize=3)
     toolbox.register("select", survivors, per_depth=SURVIVORS_PER_DEPTH)
     toolbox.register("propose", new_children, toolbox)
+    toolbox.register("rising", Rungs.rising)
     toolbox.register("evaluate", lambda genomes, rung: list(map(problem.score, genomes)))
     return toolbox
 
 
-def good_guesses(problem: SearchProblem, optimum: Optimum) -> list[Genome]:
+def good_guesses(
+    problem: SearchProblem, optimum: Optimum, depths: int = GUESSED_DEPTHS, powers: Sequence[float] = POWERS
+) -> list[Genome]:
     """What a search by accuracy begins with: the table's optimum, the last layers, and the best of other bias depths.
 
     Of which depth the best scheme is, and over how many layers its memory is spread, gains do not say: so there is one
     for each of some depths and powers of the gains.
+
+    Args:
+        problem: What to solve.
+        optimum: Of it.
+        depths: How many bias depths, from the deepest on.
+        powers: Of the gains, those that matter most first.
     """
     deepest = len(problem.depths) - 1
-    depths = dict.fromkeys(round(deepest * (1 - part / GUESSED_DEPTHS)) for part in range(GUESSED_DEPTHS))
-    by_depth = [genome for power in POWERS for genome in best_at_depths(problem, depths, power)]
+    indexes = dict.fromkeys(round(deepest * (1 - part / depths)) for part in range(depths))
+    by_depth = [genome for power in powers for genome in best_at_depths(problem, indexes, power)]
     return list(dict.fromkeys([optimum.genome, *rules_of_thumb(problem)[:1], *by_depth]))
 
 
@@ -197,7 +209,7 @@ def evolve(
         candidates = [tuple(one) for one in (*parents, *children)]
         evaluate(toolbox, state, [tuple(child) for child in children], 0)
         for rung in range(1, len(rungs.steps)):
-            risen = rungs.rising(state.fitness, rung)[: rungs.affordable(state.fitness, rung)]
+            risen = toolbox.rising(rungs, state.fitness, rung)[: rungs.affordable(state.fitness, rung)]
             evaluate(toolbox, state, risen, rung)
             candidates += risen
         evaluated = {genome: fitness_of(state.fitness[genome]) for genome in candidates}

@@ -52,6 +52,7 @@ class Effort:
             tells schemes apart that have as many samples right.
         proposed_by: Where new schemes come from, where fitness is accuracy: evolution, or random, repaired and filled
             as those of evolution are.
+        front: Whether to search for the best schemes of every size up to the budget at once, where fitness is accuracy.
         evaluations: Number of schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
         rungs: Numbers of optimizer steps of the trials, such as 60,180,540, where fitness is accuracy: every scheme is
             trained for the first, and the best third of all so far for the next. By default all take steps.
@@ -68,6 +69,7 @@ class Effort:
     fitness: FitnessName = "table"
     judged_by: JudgedBy = "top1"
     proposed_by: ProposedBy = "evolution"
+    front: bool = False
     evaluations: int | None = None
     rungs: str | None = None
     total_steps: int | None = None

@@ -98,8 +98,9 @@ def plan_search(
         refuse_beside_table(base_depth=base_depth, choice_samples=choice_samples)
     finalists = effort.finalists
     if finalists is None:
-        finalists = 0 if is_gradient and effort.fitness == "table" else FINALISTS
+        finalists = 0 if (is_gradient and effort.fitness == "table") or effort.front else FINALISTS
     refuse_beside_rungs(effort)
+    refuse_beside_front(effort)
     effort = replace(
         effort,
         evaluations=effort.evaluations or EVALUATIONS[effort.fitness],
@@ -139,6 +140,16 @@ def refuse_beside_rungs(effort: Effort) -> None:
             raise UserError(f"{name} is {value}, but a table's score takes no steps: give --fitness accuracy")
         if value is not None and effort.evaluations is not None:
             raise UserError(f"evaluations is {effort.evaluations} beside {name} {value}: leave one of them out")
+
+
+def refuse_beside_front(effort: Effort) -> None:
+    """Raises ``UserError`` where options make no sense beside a search of the front."""
+    if effort.front and effort.fitness == "table":
+        raise UserError("front is of schemes that are trained: give --fitness accuracy, or --all_mcus by a table")
+    if effort.front and effort.finalists:
+        raise UserError(f"finalists is {effort.finalists}, but a front has no single best: leave --finalists out")
+    if effort.front and effort.proposed_by != "evolution":
+        raise UserError(f"proposed_by is {effort.proposed_by}, but a front is evolved: leave one of them out")
 
 
 def rungs_of(effort: Effort, trials: TrialSettings) -> Rungs:

@@ -5,7 +5,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from microtune.modules.user_error import UserError
 from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.finalists import rank_correlation, train_finalists
+from microtune.recipes.search.front import make_front_toolbox, microcontrollers_served, write_front
 from microtune.recipes.search.genetic_algorithm import evolve, good_guesses, make_toolbox, rules_of_thumb
 from microtune.recipes.search.options import GRADIENT, Effort, TrialSettings
 from microtune.recipes.search.provenance import provenance_of
@@ -102,6 +103,10 @@ def run_search(
             "steps_spent": spent,
             "rank_correlation_of_rungs": correlations(state, rungs),
         }
+    if effort.front:
+        rows = write_front(search.problem, state, rungs, effort.judged_by, made_by, out_dir)
+        served = microcontrollers_served(search.problem, rows, out_dir)
+        report |= {"front": [asdict(row) for row in rows], "mcus": served}
     report["seconds"] = time.monotonic() - started
     finish_evolved(search, best, state, rungs, report, made_by, search_log)
     return report
@@ -164,7 +169,14 @@ def evolve_schemes(
     random.seed(effort.seed)
     toolbox, guesses = make_toolbox(problem), []
     if effort.fitness == "accuracy":
-        toolbox = make_toolbox(problem, LEFT_OUT)
+        if effort.front:
+            toolbox, guesses = make_front_toolbox(problem, LEFT_OUT, state)
+        elif effort.proposed_by == "random":
+            toolbox = make_toolbox(problem, LEFT_OUT)
+            toolbox.register("select", lambda individuals, k: [])  # without parents all are drawn
+        else:
+            toolbox, guesses = make_toolbox(problem, LEFT_OUT), good_guesses(problem, search.optimum)
+            toolbox.register("propose", propose_by_surrogate, toolbox, problem)
         seeds = tuple(range(effort.seed * effort.trial_seeds, (effort.seed + 1) * effort.trial_seeds))
         toolbox.register(
             "evaluate",
@@ -172,11 +184,6 @@ def evolve_schemes(
                 workers, settings, problem, seeds, genomes, rungs.steps[rung], effort.judged_by
             ),
         )
-        if effort.proposed_by == "random":
-            toolbox.register("select", lambda individuals, k: [])  # without parents all are drawn
-        else:
-            toolbox.register("propose", propose_by_surrogate, toolbox, problem)
-            guesses = good_guesses(problem, search.optimum)
         left = (rungs.total_steps - rungs.spent(state.fitness)) * effort.trial_seeds
         tell_expected_time(search, left, settings, workers)
 

@@ -5,8 +5,11 @@ al. 2020, "A system for massively parallel hyperparameter tuning", algorithm 2: 
 ever on its rung rises to the next, whenever that was.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from microtune.modules.search.integer_program import Genome
 from microtune.modules.user_error import UserError
@@ -15,6 +18,7 @@ PROMOTED = 3  # the best of so many rise; the rungs are as far apart
 
 # what is known of a genome: its fitness on each rung it has been on; None where the evaluation was lost
 Known = tuple[float | None, ...]
+Best = Callable[[Mapping[Genome, float], int], list[Genome]]
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,23 @@ class Rungs:
         """How many evaluations on a rung the rest of the budget pays for."""
         return max(0, self.total_steps - self.spent(known)) // self.steps[rung]
 
-    def rising(self, known: Mapping[Genome, Known], rung: int) -> list[Genome]:
-        """The genomes that rise to a rung: those of the best third of the rung below that are not there yet."""
+    def rising(self, known: Mapping[Genome, Known], rung: int, best: Best | None = None) -> list[Genome]:
+        """The genomes that rise to a rung: those of the best third of the rung below that are not there yet.
+
+        Args:
+            known: The fitness of all genomes.
+            rung: To which.
+            best: The best few of genomes with their fitness; by default those with the highest.
+        """
         below = {genome: values[rung - 1] for genome, values in known.items() if len(values) >= rung}
-        finished = [genome for genome, value in below.items() if value is not None]
-        best = sorted(finished, key=lambda genome: below[genome], reverse=True)[: len(finished) // PROMOTED]
-        return [genome for genome in best if len(known[genome]) == rung]
+        finished = {genome: value for genome, value in below.items() if value is not None}
+        chosen = (best or highest)(finished, len(finished) // PROMOTED)
+        return [genome for genome in chosen if len(known[genome]) == rung]
+
+
+def highest(fitness: Mapping[Genome, float], count: int) -> list[Genome]:
+    """The genomes with the highest fitness."""
+    return sorted(fitness, key=lambda genome: fitness[genome], reverse=True)[:count]
 
 
 def fitness_of(values: Known) -> tuple[float, float] | None:
@@ -87,4 +102,19 @@ def pairs_of_rungs(known: Mapping[Genome, Known], rungs: Sequence[int]) -> list[
         for upper in range(lower + 1, len(rungs)):
             both = [one for one in known.values() if len(one) > upper and None not in (one[lower], one[upper])]
             found.append((rungs[lower], rungs[upper], [one[lower] for one in both], [one[upper] for one in both]))
+    return found
+
+
+def offsets(known: Mapping[Genome, Known]) -> NDArray[np.float64]:
+    """By how much fitness on each rung lies above that on the first, by the genomes that were on both."""
+    highest = max(map(len, known.values()))
+    found = np.zeros(highest)
+    for rung in range(1, highest):
+        differences = [
+            values[rung] - values[0]
+            for values in known.values()
+            if len(values) > rung and None not in (values[0], values[rung])
+        ]
+        if differences:
+            found[rung] = np.mean(differences)
     return found

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from microtune.modules.search.integer_program import Genome
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.recipes.search.genetic_algorithm import IMMIGRANTS, Individual, new_children
-from microtune.recipes.search.rungs import Known
+from microtune.recipes.search.rungs import Best, Known, highest, offsets
 
 LEAST_TRIALS = 16  # with fewer there is nothing to learn from
 WORST_PERCENT = 5  # what is worse counts as this: how far a training diverged says nothing
@@ -67,27 +67,13 @@ class Surrogate:
         return np.array(rows, dtype=np.float64)
 
 
-def offsets(known: Mapping[Genome, Known]) -> NDArray[np.float64]:
-    """By how much fitness on each rung lies above that on the first, by the genomes that were on both."""
-    highest = max(map(len, known.values()))
-    found = np.zeros(highest)
-    for rung in range(1, highest):
-        differences = [
-            values[rung] - values[0]
-            for values in known.values()
-            if len(values) > rung and None not in (values[0], values[rung])
-        ]
-        if differences:
-            found[rung] = np.mean(differences)
-    return found
-
-
 def propose_by_surrogate(
     toolbox: base.Toolbox,
     problem: SearchProblem,
     parents: Sequence[Individual],
     count: int,
     known: Mapping[Genome, Known],
+    best: Best = highest,
 ) -> list[Individual]:
     """New children as ``new_children`` makes them, of many more those that the surrogate thinks best of.
 
@@ -100,18 +86,19 @@ def propose_by_surrogate(
         parents: Of the children.
         count: How many are wanted; there may be fewer.
         known: As in ``Surrogate``; of what is about to be trained without fitness.
+        best: The best few of genomes with the fitness that the surrogate tells.
     """
     trained = {genome: values for genome, values in known.items() if values}
     if not parents or len(trained) < LEAST_TRIALS:
         return new_children(toolbox, parents, count, known)
     at_random = new_children(toolbox, [], math.ceil(IMMIGRANTS * count), known)
     children = [tuple(child) for child in new_children(toolbox, parents, POOL * count, known)]
-    fitness = Surrogate(problem, trained).fitness(children) if children else np.zeros(0)
+    fitness = Surrogate(problem, trained).fitness(children).tolist() if children else []
     chosen, seen = [], np.array([*known, *map(tuple, at_random)])
-    for index in np.argsort(-fitness, kind="stable"):
+    for child in best(dict(zip(children, fitness, strict=True)), len(children)):
         if len(chosen) + len(at_random) == count:
             break
-        if np.abs(seen - np.array(children[index])).sum(axis=1).min() > NEAR:
-            chosen.append(Individual(children[index]))
-            seen = np.vstack([seen, children[index]])
+        if np.abs(seen - np.array(child)).sum(axis=1).min() > NEAR:
+            chosen.append(Individual(child))
+            seen = np.vstack([seen, child])
     return [*chosen, *at_random]

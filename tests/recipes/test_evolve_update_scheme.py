@@ -37,7 +37,7 @@ from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.evolve_update_scheme import main
 from microtune.recipes.search.gradient_search import measure_gradient
 from microtune.recipes.search.options import TrialSettings
-from microtune.recipes.search.trials import fitness
+from microtune.recipes.search.trials import fitness as trained_fitness
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.command_line import run_recipe
 from microtune.recipes.training.memory_figures import scheme_fits
@@ -563,7 +563,7 @@ def test_accuracy_is_that_of_the_trial(whole, words_of, small_table):
         learning_rate=1.0,
     )  # fmt: skip
     optimum = UpdateScheme.load(found.folder / "optimum.json")
-    assert fitness(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
+    assert trained_fitness(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
 
 
 def test_several_processes_find_the_same(forking, whole, words_of, monkeypatch, tmp_path):
@@ -864,7 +864,7 @@ def test_really_trained_by_gradient(by_gradient, weights, tmp_path):
         "digits", weights=str(weights), resolution=32, base_depth=GRADIENT_DEPTH, steps=4, learning_rate=1.0
     )
     optimum = UpdateScheme.load(tmp_path / "out/optimum.json")
-    assert fitness(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
+    assert trained_fitness(settings, optimum.to_dict(), (0,)) == found.fitness[0][-1]
 
 
 def test_whole_layers_and_multiples_of_a_measured_table(small, tmp_path):
