@@ -385,6 +385,55 @@ def test_search_by_the_loss(trained, by_accuracy, capsys, tmp_path):
     assert (tmp_path / "out/search.png").exists()
 
 
+def test_search_at_random(trained, by_accuracy, tmp_path):
+    """Every scheme is drawn anew, without the optimum: as many as of an evolution, and others for another seed."""
+    words = (*by_accuracy, "--proposed_by", "random", "--finalists", 0)
+    found = call(*words, "--out_dir", tmp_path / "out")
+    schemes = [json.dumps(scheme) for one in trained.calls for scheme in one.schemes]
+    assert len(schemes) == len(set(schemes)) == found.report["evaluations"] == 40
+    optimum = UpdateScheme.load(tmp_path / "out/optimum.json")
+    assert chosen(UpdateScheme.from_dict(json.loads(schemes[0]))) != chosen(optimum)
+    trained.calls.clear()
+    call(*words, "--seed", 1, "--out_dir", tmp_path / "other")
+    assert schemes[0] != json.dumps(trained.calls[0].schemes[0])
+
+
+@pytest.mark.parametrize("memory", ["extra", "peak"])
+def test_search_of_the_front(memory, trained, small_table, capsys, tmp_path):
+    """Schemes of many sizes in one search, each the best of its size, with a table and a picture."""
+    within = ("--memory", "extra", "--budget_kib", 30) if memory == "extra" else ("--mcu", "stm32f746")
+    words = ("--contributions", small_table, "--resolution", 32, "--fitness", "accuracy", "--data", "digits", *within)
+    words += ("--front", "true", "--rungs", "10,30", "--total_steps", 1000, "--population", 20, "--logger", "none")
+    found = call(*words, "--out_dir", tmp_path / "out")
+    rows = found.report["front"]
+    assert len(rows) >= 2
+    assert found.report["steps_spent"] <= 1000
+    sizes, fitness = [row["memory_bytes"] for row in rows], [row["fitness"] for row in rows]
+    assert (sizes, fitness) == (sorted(sizes), sorted(fitness))
+    assert sizes[-1] <= found.report["budget_bytes"]
+    schemes = [UpdateScheme.load(tmp_path / "out" / row["scheme"]) for row in rows]
+    assert fitness == [made_up_accuracy(scheme.to_dict(), 30) for scheme in schemes]
+    assert chosen(found.scheme) == chosen(schemes[-1])  # the best of all within the whole budget
+    with Image.open(tmp_path / "out/front.png") as picture:
+        assert picture.format == "PNG"
+    output = capsys.readouterr().out
+    assert "The best schemes by size" in output
+    assert str(rows[0]["scheme"]) in output
+    served = found.report["mcus"]
+    if memory == "extra":
+        assert served == {}
+        return
+    peak_memory = PeakMemory(DIGITS.operations)
+    for name, file in served.items():
+        fitting = [
+            row
+            for row, scheme in zip(rows, schemes, strict=True)
+            if scheme_fits(peak_memory, scheme, MICROCONTROLLERS[name])
+        ]
+        assert file == fitting[-1]["scheme"]
+    assert "stm32f746" in served
+
+
 def test_the_best_scheme_so_far_is_there_at_any_time(trained, by_accuracy, caplog, tmp_path):
     def lost(call, index):
         if call == stop_at:

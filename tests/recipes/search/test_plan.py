@@ -89,6 +89,15 @@ MISTAKES = {
     "misspelt": ({"contributions": "gradeint"}, "contributions is 'gradeint': give the file of a table, such as meas"),
     "rungs by table": ({"rungs": "60,180", "data": "digits"}, "rungs is 60,180, but a table's score takes no steps"),
     "loss by table": ({"judged_by": "loss", "data": "digits"}, "judged_by is loss, but a table has scores alone"),
+    "front by table": ({"front": True, "data": "digits"}, "front is of schemes that are trained: give --fitness accu"),
+    "front with finalists": (
+        {"front": True, "data": "digits", "fitness": "accuracy", "finalists": 2},
+        "finalists is 2, but a front has no single best: leave --finalists out",
+    ),
+    "front at random": (
+        {"front": True, "data": "digits", "fitness": "accuracy", "proposed_by": "random"},
+        "proposed_by is random, but a front is evolved: leave one of them out",
+    ),
     "at random by table": (
         {"proposed_by": "random", "data": "digits"},
         "proposed_by is random, but by a table random search stands beside the evolution in any case",
