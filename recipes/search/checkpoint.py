@@ -25,6 +25,8 @@ class SearchState:
         history: A record of each generation.
         random_state: Of Python's global random numbers.
         table_sha256: Of the contribution table that the search goes by.
+        learning_rate: That schemes are judged at; None before it is chosen, and of a search by the table.
+        rate_steps: Optimizer steps that its choice took.
     """
 
     generation: int = 0
@@ -33,6 +35,8 @@ class SearchState:
     history: list[dict[str, Any]] = field(default_factory=list)
     random_state: tuple | None = None
     table_sha256: str | None = None
+    learning_rate: float | None = None
+    rate_steps: int = 0
 
     def save(self, path: Path) -> None:
         """Writes the state with the random numbers as they stand now."""
@@ -46,6 +50,8 @@ class SearchState:
                 "history": self.history,
                 "random_state": [version, list(numbers), gauss],
                 "table_sha256": self.table_sha256,
+                "learning_rate": self.learning_rate,
+                "rate_steps": self.rate_steps,
             },
         )
 
@@ -68,6 +74,8 @@ class SearchState:
                 values["history"],
                 (version, tuple(numbers), gauss),
                 values["table_sha256"],
+                values["learning_rate"],
+                values["rate_steps"],
             )
             random.Random().setstate(state.random_state)
             if any(fitness_of(state.fitness[genome]) is None for genome in state.population):

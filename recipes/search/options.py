@@ -48,26 +48,28 @@ class Effort:
 
     Args:
         fitness: Fitness of a scheme: table (sum of contributions, seconds) or accuracy (of a short training of each).
-        judged_by: Measure of a trial, where fitness is accuracy: top1 or loss, both on the validation split. The loss
+        judged_by: Measure of a trial, where fitness is accuracy: loss or top1, both on the validation split. The loss
             tells schemes apart that have as many samples right.
         proposed_by: Where new schemes come from, where fitness is accuracy: evolution, or random, repaired and filled
             as those of evolution are.
         front: Whether to search for the best schemes of every size up to the budget at once, where fitness is accuracy.
-        evaluations: Number of schemes to evaluate; by default 5,000 by the table, 200 by accuracy.
-        rungs: Numbers of optimizer steps of the trials, such as 60,180,540, where fitness is accuracy: every scheme is
-            trained for the first, and the best third of all so far for the next. By default all take steps.
-        total_steps: Number of optimizer steps of all trials, in place of evaluations; by default 20,000 with rungs.
+        evaluations: Number of schemes to evaluate, by default 5,000 by the table; by accuracy in place of total_steps,
+            each in one trial.
+        rungs: Numbers of optimizer steps of the trials, where fitness is accuracy: every scheme is trained for the
+            first, and the best third of all so far for the next. By default 60,180,540, or steps where that or
+            evaluations is given.
+        total_steps: Number of optimizer steps of all trials; by default 20,000.
         population: Number of survivors of a generation; by default 40, or 8 by accuracy.
         trial_seeds: Number of trainings of each scheme, where fitness is accuracy.
         finalists: Number of best schemes to train for longer, beside the table's optimum and as many of the last layers
-            as fit; the validation split chooses. By default 4; 0 for none, without data, and by the gradient alone.
+            as fit; the validation split chooses. By default 4; 0 on several rungs, and by the gradient alone.
         final_steps: Number of optimizer steps of a finalist's training; by default four times those of a trial.
         final_seeds: Number of trainings of each finalist.
         seed: Seed of the search.
     """
 
     fitness: FitnessName = "table"
-    judged_by: JudgedBy = "top1"
+    judged_by: JudgedBy = "loss"
     proposed_by: ProposedBy = "evolution"
     front: bool = False
     evaluations: int | None = None
@@ -98,7 +100,8 @@ class TrialSettings:
         base_depth: Deepest bias depth; what lies before it is frozen, and computed once.
         steps: Number of optimizer steps of a trial.
         batch_size: Number of samples per step.
-        learning_rate: Learning rate at its highest; by default 0.1 / 256 x batch_size (Lin et al.).
+        learning_rate: Learning rate at its highest; by default 0.1 / 256 x batch_size (Lin et al.), and of a search
+            with fitness accuracy what a few schemes learn best at, of that and its multiples by powers of two.
         copies: Number of augmentations of every training sample, at most.
         features: Place where the output of the frozen layers is kept: memory, disk or none.
         features_limit_mib: Largest size in MiB of what is kept, in each process.
@@ -140,6 +143,11 @@ class TrialSettings:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}: give a positive number")
         source_of_weights(self.network, self.weights)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at its highest, also where none is given."""
+        return self.learning_rate or 0.1 / 256 * self.batch_size
 
     @property
     def source(self) -> str:

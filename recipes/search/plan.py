@@ -18,7 +18,8 @@ from microtune.recipes.search.rungs import Rungs
 from microtune.recipes.search.workers import check_workers
 from microtune.recipes.training.command_line import check_at_least_one, listed, numbers
 
-EVALUATIONS = {"table": 5000, "accuracy": 200}
+EVALUATIONS = 5000  # by a table
+RUNGS = "60,180,540"
 FINALISTS = 4
 CHOICE_SAMPLES = 512  # of a gradient
 TOTAL_STEPS = 20_000  # of a search on rungs
@@ -96,19 +97,17 @@ def plan_search(
                 f"writes, or {GRADIENT}"
             )
         refuse_beside_table(base_depth=base_depth, choice_samples=choice_samples)
-    finalists = effort.finalists
-    if finalists is None:
-        finalists = 0 if (is_gradient and effort.fitness == "table") or effort.front else FINALISTS
     refuse_beside_rungs(effort)
     refuse_beside_front(effort)
-    effort = replace(
-        effort,
-        evaluations=effort.evaluations or EVALUATIONS[effort.fitness],
-        population=effort.population or POPULATION[effort.fitness],
-        finalists=finalists,
-    )
-    refuse_without_data(trials, effort, budget.all_mcus, is_gradient)
+    if effort.fitness == "table" and effort.evaluations is None:
+        effort = replace(effort, evaluations=EVALUATIONS)
     rungs = rungs_of(effort, trials)
+    if effort.finalists is None:
+        # the last of several rungs is a longer training
+        is_done = (is_gradient and effort.fitness == "table") or len(rungs.steps) > 1 or effort.front
+        effort = replace(effort, finalists=0 if is_done else FINALISTS)
+    effort = replace(effort, population=effort.population or POPULATION[effort.fitness])
+    refuse_without_data(trials, effort, budget.all_mcus, is_gradient)
     if effort.fitness == "accuracy":
         trials = replace(trials, steps=rungs.steps[-1])
     if budget.all_mcus:
@@ -127,7 +126,7 @@ def plan_search(
 
 def refuse_beside_rungs(effort: Effort) -> None:
     """Raises ``UserError`` where options make no sense beside rungs or a budget of steps, or beside a table."""
-    if effort.judged_by != "top1" and effort.fitness == "table":
+    if effort.judged_by != Effort.judged_by and effort.fitness == "table":
         raise UserError(f"judged_by is {effort.judged_by}, but a table has scores alone: give --fitness accuracy")
     if effort.proposed_by != "evolution" and effort.fitness == "table":
         raise UserError(
@@ -156,8 +155,9 @@ def rungs_of(effort: Effort, trials: TrialSettings) -> Rungs:
     """What the evaluations of a search cost, and may cost; of the effort with its defaults."""
     if effort.fitness == "table":
         return Rungs((1,), effort.evaluations)
-    steps = (trials.steps,) if effort.rungs is None else tuple(numbers(effort.rungs, int))
-    if effort.rungs is None and effort.total_steps is None:
+    is_on_rungs = effort.rungs is not None or (effort.evaluations is None and trials.steps == TrialSettings.steps)
+    steps = tuple(numbers(effort.rungs or RUNGS, int)) if is_on_rungs else (trials.steps,)
+    if effort.evaluations is not None:
         return Rungs(steps, effort.evaluations * trials.steps)
     total_steps = TOTAL_STEPS if effort.total_steps is None else effort.total_steps
     return Rungs(steps, total_steps // effort.trial_seeds)

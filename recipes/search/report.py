@@ -164,7 +164,10 @@ def print_report(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) ->
         best = f"best validation accuracy of a trial: {report['best_fitness']:.2%}"
         if report["judged_by"] == "loss":
             best = f"lowest validation loss of a trial: {-report['best_fitness']:.4f} nats"
-        print(f"{best} of {report['evaluations']} schemes, {report['steps_spent']} optimizer steps in all")
+        print(
+            f"{best} of {report['evaluations']} schemes at learning rate {report['learning_rate']:g}, "
+            f"{report['steps_spent']} optimizer steps in all"
+        )
         for pair in report["rank_correlation_of_rungs"]:
             if pair["correlation"] is not None:
                 print(

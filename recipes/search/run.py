@@ -18,15 +18,14 @@ from microtune.modules.user_error import UserError
 from microtune.recipes.search.budget import Budget
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.finalists import rank_correlation, train_finalists
-from microtune.recipes.search.front import make_front_toolbox, microcontrollers_served, write_front
-from microtune.recipes.search.genetic_algorithm import evolve, good_guesses, make_toolbox, rules_of_thumb
+from microtune.recipes.search.front import microcontrollers_served, write_front
+from microtune.recipes.search.genetic_algorithm import evolve, make_toolbox, rules_of_thumb
 from microtune.recipes.search.options import GRADIENT, Effort, TrialSettings
 from microtune.recipes.search.provenance import provenance_of
 from microtune.recipes.search.report import SearchLog, draw_search, updated_layers
 from microtune.recipes.search.rungs import Rungs, best_first, fitness_of, pairs_of_rungs
-from microtune.recipes.search.surrogate import propose_by_surrogate
 from microtune.recipes.search.table_search import Search
-from microtune.recipes.search.trials import fitnesses, trials
+from microtune.recipes.search.trial_search import TrialSearch
 from microtune.recipes.search.workers import Workers
 from microtune.recipes.training.options import LoggerName
 from microtune.recipes.training.run_folder import open_run_folder, refuse_another_run, write_config
@@ -34,7 +33,6 @@ from microtune.recipes.training.run_folder import open_run_folder, refuse_anothe
 log = logging.getLogger(__name__)
 
 RECIPE = "evolve_update_scheme"  # whose command makes the same scheme
-LEFT_OUT = 0.5  # of what could be filled, where filling makes the same of all and schemes are trained
 
 
 def begin_search(out_dir: Path | None, arguments: dict[str, Any], resume: bool) -> Path:
@@ -97,10 +95,10 @@ def run_search(
     best, of_finalists = best_of_finalists(search, effort, settings, workers, state, ranked)
     report = {**results_of(search, best, state, ranked, effort.seed), **of_finalists}
     if effort.fitness == "accuracy":
-        spent = rungs.spent(state.fitness) * effort.trial_seeds
         report |= {
             "judged_by": effort.judged_by,
-            "steps_spent": spent,
+            "learning_rate": state.learning_rate,
+            "steps_spent": (rungs.spent(state.fitness) + state.rate_steps) * effort.trial_seeds,
             "rank_correlation_of_rungs": correlations(state, rungs),
         }
     if effort.front:
@@ -123,19 +121,6 @@ def keep_table(table: ContributionTable, path: Path) -> Path:
             )
     table.save(path)
     return path
-
-
-def tell_expected_time(search: Search, steps: int, settings: TrialSettings, workers: Workers) -> None:
-    """Says how long so many steps of trials will take, by a step of the table's optimum on this machine."""
-    scheme = search.problem.scheme(search.optimum.genome)
-    # the settings of ``measure_gradient``, whose network is still there
-    step_seconds = trials(replace(settings, features="none", features_dir=None, steps=1)).step_seconds(scheme)
-    minutes = step_seconds * steps / workers.processes / 60
-    shared = " of one worker" if workers.cluster else ""
-    log.info(
-        "%s optimizer steps: about %.0f min%s; the best scheme so far is in scheme.json at any time",
-        f"{steps:,}", max(1, minutes), shared,
-    )  # fmt: skip
 
 
 def correlations(state: SearchState, rungs: Rungs) -> list[dict[str, Any]]:
@@ -166,26 +151,6 @@ def evolve_schemes(
     problem, state_file = search.problem, search_log.out_dir / "search.json"
     state = SearchState.load(state_file)
     state.refuse_another_table(table_file)
-    random.seed(effort.seed)
-    toolbox, guesses = make_toolbox(problem), []
-    if effort.fitness == "accuracy":
-        if effort.front:
-            toolbox, guesses = make_front_toolbox(problem, LEFT_OUT, state)
-        elif effort.proposed_by == "random":
-            toolbox = make_toolbox(problem, LEFT_OUT)
-            toolbox.register("select", lambda individuals, k: [])  # without parents all are drawn
-        else:
-            toolbox, guesses = make_toolbox(problem, LEFT_OUT), good_guesses(problem, search.optimum)
-            toolbox.register("propose", propose_by_surrogate, toolbox, problem)
-        seeds = tuple(range(effort.seed * effort.trial_seeds, (effort.seed + 1) * effort.trial_seeds))
-        toolbox.register(
-            "evaluate",
-            lambda genomes, rung: fitnesses(
-                workers, settings, problem, seeds, genomes, rungs.steps[rung], effort.judged_by
-            ),
-        )
-        left = (rungs.total_steps - rungs.spent(state.fitness)) * effort.trial_seeds
-        tell_expected_time(search, left, settings, workers)
 
     def keep_best(genome: Genome) -> None:
         found = {"unfinished": True, "evaluations": len(state.fitness)}
@@ -198,8 +163,18 @@ def evolve_schemes(
             keep_best(ranked[0])
         search_log.generation(state)
 
-    if not state.fitness and effort.fitness == "accuracy":
-        keep_best(search.optimum.genome)
+    toolbox, guesses = make_toolbox(problem), []
+    if effort.fitness == "accuracy":
+        by_trials = TrialSearch(search, effort, rungs, settings, workers)
+        if not state.fitness:
+            keep_best(search.optimum.genome)
+        by_trials.tell_expected_time(state)
+        by_trials.choose_rate(state, lambda: state.save(state_file))
+        toolbox, guesses = by_trials.operators(state)
+        rungs = by_trials.left(state)
+    if not state.generation:  # what else has drawn has no part in the search
+        random.seed(effort.seed)
+        state.random_state = None
     with search_log:
         ranked = evolve(problem, toolbox, rungs, effort.population, guesses, state, after_generation)
     return ranked, state
@@ -219,7 +194,7 @@ def best_of_finalists(
     """
     if not effort.finalists:
         return ranked[0], {}
-    problem = search.problem
+    problem, settings = search.problem, replace(settings, learning_rate=state.learning_rate or settings.learning_rate)
     fitness = {genome: known[1] for genome, values in state.fitness.items() if (known := fitness_of(values))}
     proxies = {genome: fitness[genome] for genome in ranked[: effort.finalists]}
     # tables and short trials mislead at times: these have their chance in any case

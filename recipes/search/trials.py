@@ -60,6 +60,7 @@ def fitness(
     seeds: tuple[int, ...],
     steps: int | None = None,
     judged_by: JudgedBy = "top1",
+    learning_rate: float | None = None,
     split: Split = "val",
 ) -> float:
     """What one scheme is worth, the higher the better: the mean over seeds of its accuracy, or of its loss, negative.
@@ -72,6 +73,7 @@ def fitness(
         seeds: Of the trainings.
         steps: In place of those of the settings.
         judged_by: The measure; a loss that is no number, or beyond it, counts as ``WORST_LOSS``.
+        learning_rate: In place of that of the settings.
         split: Where it is measured.
 
     Example::
@@ -81,7 +83,7 @@ def fitness(
     # two busy jobs with two threads each slow one another several times (spinning OpenMP threads)
     torch.set_num_threads(1)
     training, update = trials(settings), [UpdateScheme.from_dict(scheme)]
-    found = [training.evaluate(training.train(update, seed, steps=steps), split)[0] for seed in seeds]
+    found = [training.evaluate(training.train(update, seed, learning_rate, steps=steps), split)[0] for seed in seeds]
     if judged_by == "top1":
         return sum(one.top1 for one in found) / len(seeds)
     losses = [one.cross_entropy if one.cross_entropy < WORST_LOSS else WORST_LOSS for one in found]
@@ -96,11 +98,13 @@ def fitnesses(
     genomes: Sequence[Genome],
     steps: int | None = None,
     judged_by: JudgedBy = "top1",
+    learning_rate: float | None = None,
 ) -> list[float | None]:
     """The fitness of each genome's scheme, by the workers; None where a worker was lost."""
     schemes, count = [problem.scheme(genome).to_dict() for genome in genomes], len(genomes)
     return workers.map(
-        fitness, [settings] * count, schemes, [seeds] * count, [steps] * count, [judged_by] * count
+        fitness, [settings] * count, schemes, [seeds] * count, [steps] * count, [judged_by] * count,
+        [learning_rate] * count,
     )  # fmt: skip
 
 
@@ -162,5 +166,4 @@ def _trials(key: str, recipe_seed: int | None) -> TrialTraining:
             network = network_of(described.arguments) if recipe_seed is None else pretrained()
             return network.classifier.state_dict()
 
-    rate = settings.learning_rate or 0.1 / 256 * settings.batch_size
-    return TrialTraining(rest, features, fresh_classifier, settings.steps, settings.batch_size, rate)
+    return TrialTraining(rest, features, fresh_classifier, settings.steps, settings.batch_size, settings.rate)

@@ -250,10 +250,12 @@ def in_place_of_training(patch):
     """Replaces ``Workers.map``; holds its calls, and says which of their evaluations are to be lost with a worker."""
     trained = SimpleNamespace(calls=[], lost=lambda call, index: False)
 
-    def map_in_place(workers, function, settings, schemes, seeds, steps, judged_by):
+    def map_in_place(workers, function, settings, schemes, seeds, steps, judged_by, rates):
         random.seed(0)
         taken = steps[0] or settings[0].steps
-        trained.calls.append(SimpleNamespace(settings=settings[0], schemes=schemes, seeds=seeds[0], steps=taken))
+        trained.calls.append(
+            SimpleNamespace(settings=settings[0], schemes=schemes, seeds=seeds[0], steps=taken, rate=rates[0])
+        )
         number = len(trained.calls)
         return [
             None if trained.lost(number, index) else made_up_accuracy(scheme, taken) - (judged_by[0] == "loss")
@@ -271,7 +273,8 @@ def trained(monkeypatch):
 
 @pytest.fixture(scope="module")
 def by_accuracy(small):
-    return (*small, "--fitness", "accuracy", "--data", "digits", "--evaluations", 40, "--population", 8)
+    words = ("--fitness", "accuracy", "--data", "digits", "--evaluations", 40, "--population", 8)
+    return (*small, *words, "--judged_by", "top1", "--learning_rate", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +302,7 @@ def test_search_by_accuracy_goes_on_where_everything_fits(small_table, tmp_path,
     in_place_of_training(monkeypatch)
     words = ("--contributions", small_table, "--memory", "extra", "--budget_kib", 10_000, "--fitness", "accuracy")
     words += ("--data", "digits", "--resolution", 32, "--evaluations", 60, "--population", 8, "--finalists", 0)
+    words += ("--learning_rate", 0.1)
     assert call(*words, "--logger", "none", "--out_dir", tmp_path / "out").report["evaluations"] == 60
 
 
@@ -353,7 +357,7 @@ def test_finalists_of_a_search_by_the_table(trained, small, tmp_path):
 def test_search_on_rungs(trained, small, tmp_path):
     """The best third of all schemes so far is trained for longer, within one budget of steps."""
     words = ("--fitness", "accuracy", "--data", "digits", "--rungs", "10,30,90", "--total_steps", 1000)
-    words += ("--population", 9, "--finalists", 0)
+    words += ("--population", 9, "--judged_by", "top1", "--learning_rate", 0.1)
     found = call(*small, *words, "--out_dir", tmp_path / "out", with_picture=True)
     of_steps = {
         steps: [s for one in trained.calls if one.steps == steps for s in one.schemes] for steps in (10, 30, 90)
@@ -385,6 +389,44 @@ def test_search_by_the_loss(trained, by_accuracy, capsys, tmp_path):
     assert (tmp_path / "out/search.png").exists()
 
 
+def test_the_learning_rate_is_chosen(trained, small, monkeypatch, caplog, tmp_path):
+    """At which a few schemes have the best mean; what that costs is of the budget, and a resumed search keeps it."""
+    monkeypatch.setattr(
+        sys.modules[__name__], "made_up_accuracy", lambda scheme, steps: -abs(math.log(trained.calls[-1].rate / 0.06))
+    )
+    words = ("--fitness", "accuracy", "--data", "digits", "--rungs", "10,30", "--total_steps", 2000, "--population", 9)
+    with caplog.at_level("INFO"):
+        found = call(*small, *words, "--out_dir", tmp_path / "out")
+    rates = [one.rate for one in trained.calls]
+    tried = [0.0125, 0.025, 0.05, 0.1]  # doubled until it gets worse
+    assert rates[:4] == tried
+    assert set(rates[4:]) == {0.05} == {found.report["learning_rate"]}
+    assert [(len(one.schemes), one.steps) for one in trained.calls[:4]] == [(3, 30)] * 4
+    assert "schemes are judged at learning rate 0.05" in caplog.messages
+    spent = sum(len(one.schemes) * one.steps for one in trained.calls)
+    assert found.report["steps_spent"] == spent <= 2000
+
+    # killed after the choice
+    state = json.loads((tmp_path / "out/search.json").read_text())
+    begun = state | {"generation": 0, "population": [], "fitness": [], "history": []}
+    trained.calls.clear()
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    (tmp_path / "again/search.json").write_text(json.dumps(begun))
+    (tmp_path / "again/report.json").unlink()
+    resumed = call(*small, *words, "--resume", "true", "--out_dir", tmp_path / "again")
+    assert {one.rate for one in trained.calls} == {0.05}
+    assert resumed.fitness == found.fitness
+
+
+def test_too_few_steps_to_choose_a_learning_rate(trained, small, caplog, tmp_path):
+    words = ("--fitness", "accuracy", "--data", "digits", "--rungs", "10,30", "--total_steps", 500, "--population", 9)
+    found = call(*small, *words, "--out_dir", tmp_path / "out")
+    assert {one.rate for one in trained.calls} == {found.report["learning_rate"]} == {0.0125}
+    assert "500 steps are too few to choose a learning rate: schemes are judged at 0.0125; give --learning_rate" in (
+        caplog.messages
+    )
+
+
 def test_search_at_random(trained, by_accuracy, tmp_path):
     """Every scheme is drawn anew, without the optimum: as many as of an evolution, and others for another seed."""
     words = (*by_accuracy, "--proposed_by", "random", "--finalists", 0)
@@ -410,6 +452,7 @@ def test_search_of_the_front(memory, trained, small_table, monkeypatch, capsys, 
     within = ("--memory", "extra", "--budget_kib", 30) if memory == "extra" else ("--mcu", "stm32f746")
     words = ("--contributions", small_table, "--resolution", 32, "--fitness", "accuracy", "--data", "digits", *within)
     words += ("--front", "true", "--rungs", "10,30", "--total_steps", 1000, "--population", 20, "--logger", "none")
+    words += ("--judged_by", "top1", "--learning_rate", 0.1)
     found = call(*words, "--out_dir", tmp_path / "out")
     rows = found.report["front"]
     assert len(rows) > 3
@@ -531,7 +574,7 @@ def words_of(small, weights):
         ),
         "accuracy": (
             *(*small, "--data", "digits", "--weights", weights, "--fitness", "accuracy", "--steps", 10),
-            *("--learning_rate", 1.0, "--evaluations", 18, "--population", 6),
+            *("--learning_rate", 1.0, "--judged_by", "top1", "--evaluations", 18, "--population", 6),
             *("--finalists", 2, "--final_steps", 10, "--final_seeds", 1),
         ),
     }
@@ -825,6 +868,7 @@ def test_weights_that_have_learnt_nothing(by_gradient, trained, caplog, tmp_path
     """Their gradient is no more than rounding, also where it only begins a search."""
     unlearnt = ("--weights", "none")
     by_accuracy = ("--fitness", "accuracy", "--evaluations", 4, "--population", 4, "--finalists", 0)
+    by_accuracy += ("--learning_rate", 0.1)
     said = {}
     for name, words in {"computed": unlearnt, "searched": (*unlearnt, *by_accuracy), "learnt": ()}.items():
         caplog.clear()
@@ -837,7 +881,8 @@ def test_weights_that_have_learnt_nothing(by_gradient, trained, caplog, tmp_path
 
 @pytest.fixture(scope="module")
 def by_gradient_and_accuracy(by_gradient):
-    return (*by_gradient, "--fitness", "accuracy", "--evaluations", 40, "--population", 8, "--finalists", 2)
+    words = ("--fitness", "accuracy", "--evaluations", 40, "--population", 8, "--finalists", 2)
+    return (*by_gradient, *words, "--judged_by", "top1", "--learning_rate", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -914,6 +959,7 @@ def test_search_by_gradient_stopped_and_resumed(
 
 def test_really_trained_by_gradient(by_gradient, weights, tmp_path):
     words = ("--fitness", "accuracy", "--evaluations", 4, "--population", 4, "--steps", 4, "--learning_rate", 1.0)
+    words += ("--judged_by", "top1")
     found = call(*by_gradient, *words, "--finalists", 0, "--out_dir", tmp_path / "out")
     settings = TrialSettings(
         "digits", weights=str(weights), resolution=32, base_depth=GRADIENT_DEPTH, steps=4, learning_rate=1.0

@@ -24,7 +24,7 @@ def train(accuracy, seeds=2, settings=None):
     """The winner, the report and the calls, where a scheme has the accuracy that the function gives."""
     calls = []
 
-    def map_in_place(function, settings, schemes, seeds_of_each, steps, judged_by):
+    def map_in_place(function, settings, schemes, seeds_of_each, steps, judged_by, rates):
         calls.append((settings[0], seeds_of_each[0]))
         return [accuracy(scheme["bias_depth"], seeds_of_each[0][0]) for scheme in schemes]
 

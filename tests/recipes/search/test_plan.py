@@ -43,7 +43,10 @@ def test_defaults_by_the_table():
 
 def test_defaults_by_accuracy():
     plan = planned(data="digits", fitness="accuracy")
-    assert (plan.effort.evaluations, plan.effort.population, plan.effort.finalists) == (200, 8, 4)
+    assert (plan.effort.evaluations, plan.effort.population, plan.effort.finalists) == (None, 8, 0)
+    assert plan.effort.judged_by == "loss"
+    assert planned(data="digits", fitness="accuracy", evaluations=9).effort.finalists == 4
+    assert planned(data="digits", fitness="accuracy", front=True, rungs="60").effort.finalists == 0
 
 
 def test_defaults_by_a_gradient():
@@ -51,13 +54,15 @@ def test_defaults_by_a_gradient():
     assert (plan.is_gradient, plan.is_computed, plan.effort.finalists) == (True, True, 0)
     assert (plan.settings.base_depth, plan.choice_samples) == (36, 512)
     plan = planned("gradient", data="digits", fitness="accuracy")
-    assert (plan.is_computed, plan.effort.finalists, plan.effort.evaluations) == (False, 4, 200)
+    assert (plan.is_computed, plan.effort.finalists, plan.effort.evaluations) == (False, 0, None)
 
 
 @pytest.mark.parametrize(
     ("given", "rungs", "longest"),
     [
-        ({}, Rungs((100,), 200 * 100), 100),
+        ({}, Rungs((60, 180, 540), 20_000), 540),
+        ({"evaluations": 200}, Rungs((100,), 200 * 100), 100),
+        ({"steps": 30}, Rungs((30,), 20_000), 30),
         ({"evaluations": 7, "steps": 30}, Rungs((30,), 7 * 30), 30),
         ({"rungs": "60, 180"}, Rungs((60, 180), 20_000), 180),
         ({"rungs": "60,180,540", "total_steps": 9000}, Rungs((60, 180, 540), 9000), 540),
@@ -88,7 +93,7 @@ MISTAKES = {
     "two budgets": (EXTRA | {"mcu": "stm32f746"}, "a microcontroller and budget_kib are two budgets: give one of"),
     "misspelt": ({"contributions": "gradeint"}, "contributions is 'gradeint': give the file of a table, such as meas"),
     "rungs by table": ({"rungs": "60,180", "data": "digits"}, "rungs is 60,180, but a table's score takes no steps"),
-    "loss by table": ({"judged_by": "loss", "data": "digits"}, "judged_by is loss, but a table has scores alone"),
+    "top-1 by table": ({"judged_by": "top1", "data": "digits"}, "judged_by is top1, but a table has scores alone"),
     "front by table": ({"front": True, "data": "digits"}, "front is of schemes that are trained: give --fitness accu"),
     "front with finalists": (
         {"front": True, "data": "digits", "fitness": "accuracy", "finalists": 2},
