@@ -197,7 +197,7 @@ def evolve(
     logbook = tools.Logbook()
     parents = [Individual(genome, fitness_of(state.fitness[genome])) for genome in state.population]
     # they are not all there is, so that the table does not decide everything
-    guesses = guesses[: rungs.affordable({}, 0) * 3 // 4]
+    guesses = guesses[: max(1, rungs.affordable({}, 0) * 3 // 4)]
     while affordable := rungs.affordable(state.fitness, 0):
         count = min(population, affordable)
         children = [Individual(genome) for genome in guesses if genome not in state.fitness][:count]

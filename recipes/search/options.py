@@ -50,8 +50,8 @@ class Effort:
         fitness: Fitness of a scheme: table (sum of contributions, seconds) or accuracy (of a short training of each).
         judged_by: Measure of a trial, where fitness is accuracy: loss or top1, both on the validation split. The loss
             tells schemes apart that have as many samples right.
-        proposed_by: Where new schemes come from, where fitness is accuracy: evolution, or random, repaired and filled
-            as those of evolution are.
+        proposed_by: Source of new schemes, where fitness is accuracy: evolution, or random, which repairs and fills
+            what it draws as evolution does.
         front: Whether to search for the best schemes of every size up to the budget at once, where fitness is accuracy.
         evaluations: Number of schemes to evaluate, by default 5,000 by the table; by accuracy in place of total_steps,
             each in one trial.

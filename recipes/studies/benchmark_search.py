@@ -85,8 +85,8 @@ def main(
     """Judges the search by a contribution table: evolution against the proven optimum and random search.
 
     Args:
-        level: What is judged: what is found by the contribution table; or speed, how long it takes to score and repair
-            as many genomes as ``evaluations`` says, by default 100,000.
+        level: Subject: table (what is found by the contribution table) or speed (how long it takes to score and repair
+            as many genomes as ``evaluations`` says, by default 100,000).
         measurements: Folders of measure_contributions.py, separated by commas.
         evaluations: Number of schemes that each search evaluates, by default 5,000; random search also gets four times
             as many.

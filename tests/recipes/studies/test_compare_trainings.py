@@ -493,7 +493,7 @@ def methods(tmp_path_factory):
     ways = json.loads(Path("recipes/studies/ways/methods.json").read_text())
     for way in ways.values():
         if way["scheme"] == "accuracy":
-            way["evaluations"] = 3
+            way["evaluations"] = 1  # the best by the gradient, whose channels are open
     ways["dynamic"] |= {"rechoose_every": 2, "choice_samples": 16}
     path = tmp_path_factory.mktemp("ways") / "methods.json"
     path.write_text(json.dumps(ways))
@@ -538,9 +538,9 @@ def test_searched_schemes_are_what_their_ways_say(measured):
 def test_rates_are_chosen_without_the_test_split(measured):
     trainings = [json.loads(path.read_text()) for path in (measured / "trainings").iterdir()]
     assert {tuple(one["top1"]) for one in trainings} == {("val",), ("val", "test")}
-    # (one fewer where one pass has no other best scheme in multiples of 4)
+    # the search of one evaluation shares the scheme of one pass, and that may have no other best one in multiples of 4
     for splits in (1, 2):
-        assert sum(len(one["top1"]) == splits for one in trainings) in (len(METHODS) - 1, len(METHODS))
+        assert sum(len(one["top1"]) == splits for one in trainings) in (len(METHODS) - 2, len(METHODS) - 1)
 
 
 def test_searches_are_done_once(measured, data_sets, methods, trained, tmp_path, monkeypatch):
