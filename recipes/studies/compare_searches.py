@@ -6,7 +6,7 @@ Every search has the same number of optimizer steps, and as many seeds; what it 
 learning rate that suits it, and judged on the test split: differences are paired over seeds. The budget ``published``
 is what the paper's scheme takes on the data. The same command goes on where it was stopped, also with more seeds, arms
 or data sets. A search of 10,000 steps takes five minutes on a core of an AMD EPYC for images of 96 px, a final training
-of 540 with the choice of its rate half of one.
+of 540 fifteen seconds.
 """
 
 import itertools
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 PAPERS_SCHEME = Path(__file__).parents[1] / "schemes/mobilenet_v2-w0.35_lin2022_99kb.json"
 PUBLISHED = "published"  # the arm, and the budget of what it takes
 RATE_SEED, FINAL_SEED = 1000, 2000  # the first of each: others than those of the searches
+FINAL_SEEDS_APART = 100  # of the final trainings of one scheme
 COPIES = 4  # of the augmentation
 # where a comparison goes on
 MAY_CHANGE = {"out_dir", "processes", "data_sets", "only", "arms", "seeds", "budgets"}
@@ -101,7 +102,7 @@ class Comparison:
         budgets: As rows of results name them, or ``PUBLISHED``.
         numbers: What the networks compute in.
         seeds: Searches of each arm.
-        final_steps: Of the training of what they return.
+        final_steps, final_seeds: Of the trainings of what each of them returns.
         base_depth: Deepest bias depth.
         out_dir: Folder of everything.
     """
@@ -112,6 +113,7 @@ class Comparison:
     numbers: Numbers
     seeds: int
     final_steps: int
+    final_seeds: int
     base_depth: int
     out_dir: Path
 
@@ -166,6 +168,7 @@ def main(
     total_steps: int = 10_000,
     seeds: int = 10,
     final_steps: int = 540,
+    final_seeds: int = 3,
     base_depth: int = 36,
     processes: int = 1,
     out_dir: Path | None = None,
@@ -183,15 +186,17 @@ def main(
         numbers: Numbers that the networks compute in, in searches and after: fp32 or int8.
         rungs: Numbers of optimizer steps of trials.
         total_steps: Number of optimizer steps of each search that trains schemes.
-        seeds: Number of searches of each kind, and of final trainings.
-        final_steps: Number of optimizer steps of these; a third of them at each learning rate come before.
+        seeds: Number of searches of each kind.
+        final_steps: Number of optimizer steps of a final training; a third of them at each learning rate come before.
+        final_seeds: Number of final trainings of each scheme, whose mean counts.
         base_depth: Deepest bias depth of the schemes.
         processes: Number of searches or trainings that run at once, one thread each.
         out_dir: Folder of the comparison; by default a new one below runs/. Where the same was begun, it goes on.
     """
     started, arguments = time.monotonic(), flat(locals())
     torch.set_num_threads(1)
-    check_at_least_one(total_steps=total_steps, seeds=seeds, base_depth=base_depth, processes=processes)
+    check_at_least_one(total_steps=total_steps, seeds=seeds, final_seeds=final_seeds, base_depth=base_depth)
+    check_at_least_one(processes=processes)
     if final_steps < 3:
         raise UserError(f"final_steps is {final_steps}: give 3 or more")
     of_names = arms_of(rungs, total_steps)
@@ -201,7 +206,8 @@ def main(
             raise UserError("schemes are searched within a budget: give one with --budgets, such as extra64")
     tasks = load_tasks(data_sets, listed(only))
     out_dir = out_dir or new_folder(Path("runs") / "compare_searches")
-    comparison = Comparison(tasks, wanted, listed(budgets), numbers, seeds, final_steps, base_depth, out_dir)
+    of_finals = final_steps, final_seeds
+    comparison = Comparison(tasks, wanted, listed(budgets), numbers, seeds, *of_finals, base_depth, out_dir)
     check(comparison)
     with opened_folder(out_dir, arguments, MAY_CHANGE), Workers(processes) as workers:
         for data in tasks:
@@ -283,14 +289,17 @@ def trained_on(
         )
         of_rates[case, seed] = [replace(training, learning_rate=rate) for rate in task.learning_rates]
     train_all([one for of_one in of_rates.values() for one in of_one], workers, out_dir, f"{data}, learning rates")
-    finals = []
-    for (_, seed), of_one in of_rates.items():
+    finals: dict[tuple[Case, int], list[Training]] = {}
+    for (case, seed), of_one in of_rates.items():
         best = lowest_loss(of_one, out_dir)
         if best is not None:
-            settings = comparison.settings(data, steps)
-            finals.append(replace(best, seed=FINAL_SEED + seed, settings=settings, splits=("val", "test")))
-    train_all(finals, workers, out_dir, f"{data}, final trainings", partial(keep_rows, comparison, data, finals))
-    keep_rows(comparison, data, finals)
+            final = replace(best, settings=comparison.settings(data, steps), splits=("val", "test"))
+            first = FINAL_SEED + seed
+            seeds = range(first, first + comparison.final_seeds * FINAL_SEEDS_APART, FINAL_SEEDS_APART)
+            finals[case, seed] = [replace(final, seed=one) for one in seeds]
+    keep = partial(keep_rows, comparison, finals)
+    train_all([one for of_one in finals.values() for one in of_one], workers, out_dir, f"{data}, final trainings", keep)
+    keep()
 
 
 def lowest_loss(trainings: Sequence[Training], out_dir: Path) -> Training | None:
@@ -303,14 +312,14 @@ def lowest_loss(trainings: Sequence[Training], out_dir: Path) -> Training | None
     return trainings[min(losses, key=lambda index: losses[index])] if losses else None
 
 
-def keep_rows(comparison: Comparison, data: str, finals: Sequence[Training]) -> None:
-    """Writes the rows of the final trainings that are done, beside those of other data sets, arms and budgets."""
-    path = comparison.out_dir / "searches.csv"
-    rows = [
-        replace(row, seed=row.seed - FINAL_SEED)
-        for training in finals
-        if (row := row_of(training, comparison.out_dir)) is not None
-    ]
+def keep_rows(comparison: Comparison, finals: dict[tuple[Case, int], list[Training]]) -> None:
+    """Writes a row of each scheme whose final trainings are done, beside those of other data sets, arms and budgets."""
+    path, rows = comparison.out_dir / "searches.csv", []
+    for (_, seed), of_scheme in finals.items():
+        done = [row for training in of_scheme if (row := row_of(training, comparison.out_dir)) is not None]
+        if len(done) == len(of_scheme):
+            means = {name: statistics.fmean(getattr(row, name) for row in done) for name in ("top1", "val_top1")}
+            rows.append(replace(done[0], seed=seed, **means))
     ours = {row.key for row in rows}
     kept = read_rows(path, Result) if path.exists() else []
     write_rows(path, [*(row for row in kept if row.key not in ours), *rows], Result)

@@ -8,7 +8,7 @@ from PIL import Image
 from microtune.modules.csv_rows import read_rows
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.studies import compare_searches, seeded_trainings
-from microtune.recipes.studies.compare_searches import FINAL_SEED, RATE_SEED
+from microtune.recipes.studies.compare_searches import FINAL_SEED, FINAL_SEEDS_APART, RATE_SEED
 from microtune.recipes.studies.result_rows import Result
 
 RECIPE = "compare_searches"
@@ -25,7 +25,7 @@ def words(tmp_path_factory, small_table):
     ones = TASK | {"learning_rates": [0.1, 0.4], "contributions": str(small_table)}
     path.write_text(json.dumps({"ones": ones, "twos": TASK | {"learning_rates": [0.1]}}))
     return ("--data_sets", path, "--only", "ones", "--budgets", "extra10", "--base_depth", 25, "--rungs", "1,2",
-            "--total_steps", 14, "--final_steps", 3, "--seeds", 2)  # fmt: skip
+            "--total_steps", 14, "--final_steps", 3, "--final_seeds", 2, "--seeds", 2)  # fmt: skip
 
 
 @pytest.fixture
@@ -50,7 +50,13 @@ def test_comparison(words, command, done, tmp_path):
     assert {(row.steps, row.learning_rate in (0.1, 0.4)) for row in rows} == {(3, True)}
     trained = {(one.seed, one.settings.steps, one.splits) for one in done["train_once"]}
     of_rates = {(RATE_SEED + seed, 1, ("val",)) for seed in (0, 1)}
-    assert trained == of_rates | {(FINAL_SEED + seed, 3, ("val", "test")) for seed in (0, 1)}
+    of_finals = {(FINAL_SEED + seed + apart, 3, ("val", "test")) for seed in (0, 1) for apart in (0, FINAL_SEEDS_APART)}
+    assert trained == of_rates | of_finals
+    for row in rows:
+        own = [one for one in done["train_once"] if one.case.way == row.way and one.seed % 100 == row.seed]
+        top1 = [one.result(tmp_path / "out")["top1"]["test"] for one in own if one.settings.steps == 3]
+        if top1:  # not of a scheme that another arm has too
+            assert row.top1 == pytest.approx(sum(top1) / 2)
 
     # the same steps for all that train, none for what does not
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -130,6 +136,7 @@ MISTAKES = {
     ),
     "unknown budget": (("--budgets", "z80"), "budget is 'z80': give KiB of extra memory such as extra64"),
     "final steps": (("--final_steps", 2), "final_steps is 2: give 3 or more"),
+    "final seeds": (("--final_seeds", 0), "final_seeds is 0: give 1 or more"),
     "seeds": (("--seeds", 0), "seeds is 0: give 1 or more"),
     "rungs": (("--rungs", "180,60"), "rungs is 180,60: give numbers of steps, each more than the one before"),
     "steps": (("--total_steps", 0), "total_steps is 0: give 1 or more"),
