@@ -90,7 +90,10 @@ class SearchLog:
         if self.unit != "evaluations":
             value = record["best"]  # a loss is negative
             shown += f", best {value * 100:.2f} %" if value >= 0 else f", lowest loss {-value:.4f}"
-        self.progress.update(self.bar, completed=self.rungs.spent(state.fitness), description=shown)
+        spent = self.rungs.spent(state.fitness) + state.rate_steps
+        self.progress.update(self.bar, completed=spent, description=shown)
+        if self.progress.disable and self.unit != "evaluations":  # a search by the table takes seconds
+            log.info("%s of %s %s", f"{spent:,}", f"{self.rungs.total_steps:,}", shown)
         distance = self.optimum.score - self.problem.score(best)
         if self.experiment is not None:
             values = {f"search/{name}": value for name, value in record.items()}

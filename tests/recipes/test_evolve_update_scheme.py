@@ -354,11 +354,12 @@ def test_finalists_of_a_search_by_the_table(trained, small, tmp_path):
     )
 
 
-def test_search_on_rungs(trained, small, tmp_path):
+def test_search_on_rungs(trained, small, caplog, tmp_path):
     """The best third of all schemes so far is trained for longer, within one budget of steps."""
     words = ("--fitness", "accuracy", "--data", "digits", "--rungs", "10,30,90", "--total_steps", 1000)
     words += ("--population", 9, "--judged_by", "top1", "--learning_rate", 0.1)
-    found = call(*small, *words, "--out_dir", tmp_path / "out", with_picture=True)
+    with caplog.at_level("INFO"):
+        found = call(*small, *words, "--out_dir", tmp_path / "out", with_picture=True)
     of_steps = {
         steps: [s for one in trained.calls if one.steps == steps for s in one.schemes] for steps in (10, 30, 90)
     }
@@ -368,6 +369,9 @@ def test_search_on_rungs(trained, small, tmp_path):
     assert counts[10] == found.report["evaluations"] >= 3 * counts[30] >= 9 * counts[90] > 0
     assert found.report["steps_spent"] == sum(steps * count for steps, count in counts.items()) <= 1000
     assert found.report["best_fitness"] == max(made_up_accuracy(scheme, 90) for scheme in of_steps[90])
+    # without a terminal there is a line for each generation
+    (last, *_) = [message for message in reversed(caplog.messages) if "optimizer steps, best" in message]
+    assert last.startswith(f"{found.report['steps_spent']:,} of 1,000 optimizer steps, best ")
     first = found.report["rank_correlation_of_rungs"][0]
     pairs = [(made_up_accuracy(scheme, 10), made_up_accuracy(scheme, 30)) for scheme in of_steps[30]]
     assert (first["steps"], first["longer_steps"], first["schemes"]) == (10, 30, len(pairs))
