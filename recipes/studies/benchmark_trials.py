@@ -3,11 +3,11 @@
     uv run recipes/studies/benchmark_trials.py --data_sets recipes/results/data_sets.json --only cifar10 \\
         --budget extra64 --processes 2 --out_dir runs/trials
 
-Trains schemes of many kinds within a budget (from one backward pass, by rules, at random) for each number of steps at
-each learning rate, and then for the longest at the rate that was best for each scheme. Of all this it tells the rank
+Trains schemes of many kinds within a budget (from one backward pass, by rules, at random) for two numbers of steps at
+each learning rate, and for longer at the rate that was then best for each scheme. Of all this it tells the rank
 correlations between seeds and between lengths, how far schemes lie apart beside what the seed does, and what a search
 gains that chooses by so short a training. The same command goes on where it was stopped. 40 schemes of one data set
-take some 380,000 steps: three core hours on an AMD EPYC for images of 96 px.
+take some 300,000 steps: two core hours on an AMD EPYC for images of 96 px.
 """
 
 import itertools
@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 LONG_SEED = 100  # the first of the longest trainings: others than those of the short ones
 COPIES = 4  # of the augmentation
+AT_ALL_RATES = 2  # lengths, the shortest
 SHOWN = {"val_top1": "top-1", "val_loss": "loss", "test_top1": "test"}  # measures, in a table
 MAY_CHANGE = {"out_dir", "only", "processes", "data_sets"}  # where a study goes on
 
@@ -112,9 +113,10 @@ def main(
         data_sets: List of data sets with their networks and learning rates, such as recipes/results/data_sets.json.
         only: Names of those that are wanted, separated by commas.
         budget: KiB of extra memory (extra64) or of peak memory (peak200), or a microcontroller.
-        steps: Numbers of optimizer steps of 32 samples, separated by commas; the longest is the truth.
+        steps: Numbers of optimizer steps of 32 samples, separated by commas: the longest is the truth, and the shortest
+            two are trained at every learning rate.
         schemes: Number of schemes.
-        trial_seeds: Number of trainings of each scheme at each learning rate, but of the longest.
+        trial_seeds: Number of trainings of each scheme, length and learning rate, but of the longest.
         seeds: Number of the longest trainings of each scheme.
         base_depth: Deepest bias depth of the schemes.
         processes: Number of trainings that run at once, one thread each.
@@ -176,12 +178,14 @@ def trained_rows(sample: Sample, workers: Workers) -> list[TrialRow]:
         done.extend(trainings)
         train_all(done, workers, terms.out_dir, f"{terms.name}, {steps} steps", partial(keep, sample, done))
 
-    for steps in short:
+    for steps in short[:AT_ALL_RATES]:
         of_rates = itertools.product(range(terms.trial_seeds), schemes.items(), sorted(terms.task.learning_rates))
         train(steps, (terms.training(name, scheme, steps, rate, seed) for seed, (name, scheme), rate in of_rates))
-    best = best_rates([row for row in rows_of(sample, done) if row.steps == short[-1]])
-    of_seeds = itertools.product(range(LONG_SEED, LONG_SEED + terms.seeds), schemes.items())
-    train(longest, (terms.training(name, scheme, longest, best[name], seed) for seed, (name, scheme) in of_seeds))
+    best = best_rates([row for row in rows_of(sample, done) if row.steps == short[:AT_ALL_RATES][-1]])
+    longer = [(steps, range(terms.trial_seeds)) for steps in short[AT_ALL_RATES:]]
+    for steps, seeds in [*longer, (longest, range(LONG_SEED, LONG_SEED + terms.seeds))]:
+        of_seeds = itertools.product(seeds, schemes.items())
+        train(steps, (terms.training(name, scheme, steps, best[name], seed) for seed, (name, scheme) in of_seeds))
     return keep(sample, done)
 
 

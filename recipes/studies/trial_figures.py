@@ -74,23 +74,27 @@ def figures_of(rows: Sequence[TrialRow]) -> dict[str, Any]:
     """All figures of one data set at one budget, as plain values.
 
     Args:
-        rows: All trainings of the schemes; of every length at the same rates, but of the longest, which has one rate
-            for each scheme.
+        rows: All trainings of the schemes; of a length at the same rates, or at one rate for each scheme, as of the
+            longest.
     """
     lengths = sorted({row.steps for row in rows})
     truths = truth_of(rows, lengths[-1])
     found: dict[str, Any] = {"schemes": len(truths), "longest_steps": lengths[-1]}
+    of_lengths = {steps: [row for row in rows if row.steps == steps] for steps in lengths}
+    longest = of_lengths[lengths[-1]]
+    at_all_rates = [steps for steps in lengths[:-1] if len(rates_of(of_lengths[steps])) == 1]
     found["retest"] = [
         {"steps": steps, "learning_rate": rate, **retest(of_rate)}
-        for steps in lengths
-        for rate, of_rate in by_rate(row for row in rows if row.steps == steps and steps != lengths[-1])
+        for steps in at_all_rates
+        for rate, of_rate in by_rate(of_lengths[steps])
     ]
-    longest = [row for row in rows if row.steps == lengths[-1]]
-    found["retest"].append({"steps": lengths[-1], "learning_rate": None, **retest(longest)})
+    for steps in lengths:
+        if steps not in at_all_rates:
+            found["retest"].append({"steps": steps, "learning_rate": None, **retest(of_lengths[steps])})
     found["with_longest"] = [
         {"steps": steps, "learning_rate": rate, **with_truth(of_rate, truths)}
-        for steps in lengths[:-1]
-        for rate, of_rate in by_rate(row for row in rows if row.steps == steps)
+        for steps in at_all_rates
+        for rate, of_rate in by_rate(of_lengths[steps])
     ]
     for steps in lengths[:-1]:
         best = at_best_rate([row for row in rows if row.steps == steps])
@@ -103,6 +107,11 @@ def figures_of(rows: Sequence[TrialRow]) -> dict[str, Any]:
         for of in [rows_like(rows, one["steps"], one["learning_rate"])]
     ]
     return found
+
+
+def rates_of(rows: Iterable[TrialRow]) -> set[frozenset[float]]:
+    """The sets of learning rates that schemes were trained at: one, where all were at the same."""
+    return {frozenset(row.learning_rate for row in of_scheme) for of_scheme in by_scheme(rows).values()}
 
 
 def by_rate(rows: Iterable[TrialRow]) -> list[tuple[float, list[TrialRow]]]:
