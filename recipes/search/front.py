@@ -199,26 +199,38 @@ def draw_front_of_search(
         front = [(row.memory_bytes / KIB, row.fitness * scale) for row in rows]
         axes.step(*zip(*front, strict=True), "o-", where="post", color="tab:red", markersize=4, label="front")
         if problem.memory == "peak":
+            together: dict[int, list[str]] = {}
             for name, device in MICROCONTROLLERS.items():
-                if device.budget_bytes <= problem.budget_bytes:
-                    axes.axvline(device.budget_bytes / KIB, color="black", linewidth=0.5, linestyle=":")
-                    axes.text(device.budget_bytes / KIB, axes.get_ylim()[0], f" {name}", rotation=90, fontsize=7)
+                if rows[0].memory_bytes <= device.budget_bytes <= problem.budget_bytes:
+                    together.setdefault(device.budget_bytes, []).append(name)
+            for budget_bytes, names in together.items():
+                axes.axvline(budget_bytes / KIB, color="black", linewidth=0.5, linestyle=":")
+                axes.text(budget_bytes / KIB, axes.get_ylim()[0], f" {', '.join(names)}", rotation=90, fontsize=7)
         measure = "loss on the validation split, nats" if judged_by == "loss" else "top-1 on the validation split, %"
-        axes.set(xlabel=f"{problem.memory} memory, KiB", ylabel=f"{measure}, {rows[0].steps} steps")
+        axes.set(xlabel=f"{problem.memory} memory, KiB", ylabel=f"{measure}, after {rows[0].steps} steps")
         axes.set_title(f"The best schemes of {problem.network} by size")
         axes.legend(fontsize=8)
 
 
-def print_schemes_of_front(rows: Sequence[FrontRow], served: Mapping[str, str], memory: str, out_dir: Path) -> None:
-    """Prints a line for each scheme, and which microcontrollers it is the best for."""
-    table = Table(title="The best schemes by size")
-    for column in (f"{memory} memory, KiB", "fitness", "steps", "bias depth", "layers"):
+def print_schemes_of_front(report: dict[str, Any], out_dir: Path) -> None:
+    """Prints a line for each scheme, and which microcontrollers it is the best for.
+
+    Args:
+        report: Of the search, with its front.
+        out_dir: Of the search.
+    """
+    rows, served = [FrontRow(**row) for row in report["front"]], report["mcus"]
+    is_loss = report["judged_by"] == "loss"
+    table = Table(title=f"The best schemes by size, after {rows[0].steps} steps")
+    measure = "validation loss, nats" if is_loss else "validation top-1, %"
+    for column in (f"{report['memory']} memory, KiB", measure, "bias depth", "layers"):
         table.add_column(column, justify="right")
     table.add_column("scheme")
     if served:
         table.add_column("the best for")
     for row in rows:
-        numbers = f"{row.memory_bytes / KIB:.1f}", f"{row.fitness:.4f}", row.steps, row.bias_depth, row.updated_layers
+        value = f"{-row.fitness:.4f}" if is_loss else f"{row.fitness * 100:.2f}"
+        numbers = f"{row.memory_bytes / KIB:.1f}", value, row.bias_depth, row.updated_layers
         devices = ", ".join(name for name, file in served.items() if file == row.scheme)
         table.add_row(*map(str, numbers), row.scheme, *([devices] if served else []))
     Console(width=140).print(table)

@@ -56,8 +56,8 @@ class Effort:
         evaluations: Number of schemes to evaluate, by default 5,000 by the table; by accuracy in place of total_steps,
             each in one trial.
         rungs: Numbers of optimizer steps of the trials, where fitness is accuracy: every scheme is trained for the
-            first, and the best third of all so far for the next. By default 60,180,540, or steps where that or
-            evaluations is given.
+            first, and the best third of all so far for the next. By default 60,180,540, of a front 60,180, or steps
+            where that or evaluations is given.
         total_steps: Number of optimizer steps of all trials; by default 20,000.
         population: Number of survivors of a generation; by default 40, or 8 by accuracy.
         trial_seeds: Number of trainings of each scheme, where fitness is accuracy.

@@ -20,6 +20,7 @@ from microtune.recipes.training.command_line import check_at_least_one, listed, 
 
 EVALUATIONS = 5000  # by a table
 RUNGS = "60,180,540"
+RUNGS_OF_A_FRONT = "60,180"  # which needs many schemes on the last
 FINALISTS = 4
 CHOICE_SAMPLES = 512  # of a gradient
 TOTAL_STEPS = 20_000  # of a search on rungs
@@ -156,7 +157,11 @@ def rungs_of(effort: Effort, trials: TrialSettings) -> Rungs:
     if effort.fitness == "table":
         return Rungs((1,), effort.evaluations)
     is_on_rungs = effort.rungs is not None or (effort.evaluations is None and trials.steps == TrialSettings.steps)
-    steps = tuple(numbers(effort.rungs or RUNGS, int)) if is_on_rungs else (trials.steps,)
+    steps = (
+        tuple(numbers(effort.rungs or (RUNGS_OF_A_FRONT if effort.front else RUNGS), int))
+        if is_on_rungs
+        else (trials.steps,)
+    )
     if effort.evaluations is not None:
         return Rungs(steps, effort.evaluations * trials.steps)
     total_steps = TOTAL_STEPS if effort.total_steps is None else effort.total_steps

@@ -14,7 +14,7 @@ from microtune.modules.search.scheme_optimum import Optimum
 from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.checkpoint import SearchState
-from microtune.recipes.search.front import FrontRow, print_schemes_of_front
+from microtune.recipes.search.front import print_schemes_of_front
 from microtune.recipes.search.gradient_search import NATS
 from microtune.recipes.search.rungs import Rungs, best_first, fitness_of
 from microtune.recipes.training.memory_figures import KIB
@@ -184,7 +184,7 @@ def print_report(report: dict[str, Any], scheme: UpdateScheme, out_dir: Path) ->
             f"{finalist['memory_bytes'] / KIB:.1f} KiB"
         )
     if "front" in report:
-        print_schemes_of_front([FrontRow(**row) for row in report["front"]], report["mcus"], report["memory"], out_dir)
+        print_schemes_of_front(report, out_dir)
     if report.get("rank_correlation") is not None:
         print(f"rank correlation of proxy and longer training: {report['rank_correlation']:.2f}")
     print(f"scheme: {out_dir / 'scheme.json'}, report: {out_dir / 'report.json'}, {report['seconds']:.0f} s")

@@ -62,6 +62,7 @@ def test_defaults_by_a_gradient():
     [
         ({}, Rungs((60, 180, 540), 20_000), 540),
         ({"evaluations": 200}, Rungs((100,), 200 * 100), 100),
+        ({"front": True}, Rungs((60, 180), 20_000), 180),
         ({"steps": 30}, Rungs((30,), 20_000), 30),
         ({"evaluations": 7, "steps": 30}, Rungs((30,), 7 * 30), 30),
         ({"rungs": "60, 180"}, Rungs((60, 180), 20_000), 180),
