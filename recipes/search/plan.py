@@ -156,12 +156,10 @@ def rungs_of(effort: Effort, trials: TrialSettings) -> Rungs:
     """What the evaluations of a search cost, and may cost; of the effort with its defaults."""
     if effort.fitness == "table":
         return Rungs((1,), effort.evaluations)
-    is_on_rungs = effort.rungs is not None or (effort.evaluations is None and trials.steps == TrialSettings.steps)
-    steps = (
-        tuple(numbers(effort.rungs or (RUNGS_OF_A_FRONT if effort.front else RUNGS), int))
-        if is_on_rungs
-        else (trials.steps,)
-    )
+    rungs = effort.rungs
+    if rungs is None and effort.evaluations is None and trials.steps == TrialSettings.steps:
+        rungs = RUNGS_OF_A_FRONT if effort.front else RUNGS
+    steps = (trials.steps,) if rungs is None else tuple(numbers(rungs, int))
     if effort.evaluations is not None:
         return Rungs(steps, effort.evaluations * trials.steps)
     total_steps = TOTAL_STEPS if effort.total_steps is None else effort.total_steps
