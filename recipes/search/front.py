@@ -136,11 +136,16 @@ class FrontRow:
     scheme: str
 
 
-def front_of(problem: SearchProblem, known: Mapping[Genome, Known]) -> list[Genome]:
-    """The genomes with the longest trials of which no other is as good and smaller, the smallest first."""
+def longest_trials(known: Mapping[Genome, Known]) -> dict[Genome, float]:
+    """The fitness of the genomes with the longest trials."""
     finished = {genome: values for genome, values in known.items() if values and values[-1] is not None}
     longest = max(map(len, finished.values()))
-    values = {genome: values[-1] for genome, values in finished.items() if len(values) == longest}
+    return {genome: values[-1] for genome, values in finished.items() if len(values) == longest}
+
+
+def front_of(problem: SearchProblem, known: Mapping[Genome, Known]) -> list[Genome]:
+    """The genomes with the longest trials of which no other is as good and smaller, the smallest first."""
+    values = longest_trials(known)
     front: list[Genome] = []
     for genome in sorted(values, key=lambda one: (problem.memory_bytes(one), -values[one])):
         if not front or values[genome] > values[front[-1]]:
@@ -187,13 +192,9 @@ def draw_front_of_search(
     rows: Sequence[FrontRow], problem: SearchProblem, state: SearchState, judged_by: str, path: Path
 ) -> None:
     """Draws the fitness of all schemes with the longest trials over their memory, and the front, as a PNG."""
-    longest = max(len(values) for values in state.fitness.values())
     scale = -1 if judged_by == "loss" else 100  # points
-    points = [
-        (problem.memory_bytes(genome) / KIB, values[-1] * scale)
-        for genome, values in state.fitness.items()
-        if len(values) == longest and values[-1] is not None
-    ]
+    trained = longest_trials(state.fitness)
+    points = [(problem.memory_bytes(genome) / KIB, value * scale) for genome, value in trained.items()]
     with drawn(path, figsize=(8, 4.5)) as axes:
         axes.plot(*zip(*points, strict=True), ".", color="tab:grey", label="schemes")
         front = [(row.memory_bytes / KIB, row.fitness * scale) for row in rows]

@@ -88,7 +88,7 @@ def propose_by_surrogate(
         known: As in ``Surrogate``; of what is about to be trained without fitness.
         best: The best few of genomes with the fitness that the surrogate tells.
     """
-    trained = {genome: values for genome, values in known.items() if values}
+    trained = {genome: values for genome, values in known.items() if any(value is not None for value in values)}
     if not parents or len(trained) < LEAST_TRIALS:
         return new_children(toolbox, parents, count, known)
     at_random = new_children(toolbox, [], math.ceil(IMMIGRANTS * count), known)
