@@ -110,7 +110,7 @@ def test_it_proposes_better_ones_than_are_bred(problem, genomes):
 def test_with_few_trials_it_proposes_what_is_bred(problem, genomes, trials):
     known = {genome: (made_up(problem, genome),) for genome in genomes[:trials]}
     parents = [Individual(genome, (0.0, values[0])) for genome, values in known.items()]
-    known |= {genome: (None,) for genome in genomes[50:90]}  # lost, which says nothing
+    known |= dict.fromkeys(genomes[50:90], (None,))  # lost, which says nothing
     toolbox, found = make_toolbox(problem), []
     for propose in (propose_by_surrogate, lambda toolbox, problem, *rest: new_children(toolbox, *rest)):
         random.seed(0)
