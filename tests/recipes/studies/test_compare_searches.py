@@ -1,6 +1,7 @@
 """The comparison of searches: the same steps and trainings for all of them, each once, its rows, and clear errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,7 +10,8 @@ from microtune.modules.csv_rows import read_rows
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.studies import compare_searches, seeded_trainings
 from microtune.recipes.studies.compare_searches import FINAL_SEED, FINAL_SEEDS_APART, RATE_SEED
-from microtune.recipes.studies.result_rows import Result
+from microtune.recipes.studies.paired_differences import compare_all
+from microtune.recipes.studies.result_rows import Result, title_of
 
 RECIPE = "compare_searches"
 TASK = {"data": "digits", "weights": "none", "data_options": {"classes": [0, 1]}, "resolution": 32}
@@ -126,6 +128,22 @@ def test_a_search_that_failed_is_told(words, command, tmp_path, monkeypatch, cap
     assert "ones-fp32-extra10-one_pass-seed0: it went wrong" in caplog.text
     assert "missing" in ended.output
     assert {row.way for row in read_rows(tmp_path / "out/searches.csv", Result)} == {"table_optimum"}
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_rows():
+    recipes = Path(__file__).parents[3] / "recipes"
+    rows = read_rows(recipes / "results/searches/searches.csv", Result)
+    text = (recipes / "studies/README.md").read_text()
+    comparisons = compare_all(rows, [(arm, "fp32") for arm in SEARCHED])
+    assert {one["data"] for one in comparisons} == {"cifar10", "flowers17", "mswc_arabic", "speech_commands"}
+    for comparison in comparisons:
+        evolution, *others = comparison["ways"]
+        cells = [title_of(comparison["data"]), str(len(evolution["top1"]))]
+        cells += [f"{one['top1_mean'] * 100:.1f} ± {one['top1_std'] * 100:.1f}" for one in comparison["ways"]]
+        for one in others:
+            low, high = (limit * 100 for limit in one["interval"])
+            cells.append(f"{one['difference'] * 100:+.1f} ({low:.1f} to {high:.1f})")
+        assert f"| {' | '.join(cells)} |" in text
 
 
 MISTAKES = {
