@@ -32,7 +32,7 @@ from microtune.recipes.training.memory_figures import KIB, scheme_fits
 from microtune.recipes.training.pictures import drawn
 
 LEVELS = 6  # budgets that schemes are filled to, each halfway from the one above to the least that a scheme takes
-GUESSED_DEPTHS = 5  # of each level
+GUESSED_DEPTHS = 4  # of each level
 
 
 class FrontFitness(base.Fitness):
@@ -67,12 +67,15 @@ def best_of_front(problem: SearchProblem, fitness: Mapping[Genome, float], count
 
 
 def levels_of(problem: SearchProblem) -> list[SearchProblem]:
-    """The problem within its own and ever smaller budgets."""
-    least = problem.memory_bytes((0,) * (1 + len(problem.layers)))
+    """The problem within its own and ever smaller budgets; of peak memory also those of known microcontrollers."""
+    least, most = problem.memory_bytes((0,) * (1 + len(problem.layers))), problem.budget_bytes
+    budgets = {least + (most - least) / 2**level for level in range(1, LEVELS)}
+    if problem.memory == "peak":
+        budgets |= {device.budget_bytes for device in MICROCONTROLLERS.values() if least < device.budget_bytes < most}
     levels = [problem]
-    for level in range(1, LEVELS):
+    for budget_bytes in sorted(budgets, reverse=True):
         try:
-            levels.append(problem.within(least + (problem.budget_bytes - least) / 2**level))
+            levels.append(problem.within(budget_bytes))
         except UserError:  # the flash asks for more updates than fit
             break
     return levels

@@ -8,6 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtune.modules.csv_rows import read_rows
+from microtune.modules.memory.microcontrollers import MICROCONTROLLERS
+from microtune.modules.memory.peak_memory import PeakMemory
+from microtune.modules.search.contributions import ContributionTable
+from microtune.modules.search.search_problem import SearchProblem
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.recipes.search.checkpoint import SearchState
 from microtune.recipes.search.front import (
@@ -22,6 +26,7 @@ from microtune.recipes.search.front import (
 )
 from microtune.recipes.search.genetic_algorithm import evolve
 from microtune.recipes.search.rungs import Rungs
+from microtune.recipes.training.networks import describe_network
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,20 @@ def test_levels(problem):
         assert below.fits(genome)
         assert problem.memory_bytes(genome) == below.memory_bytes(genome) <= below.budget_bytes
         assert problem.scheme(genome) == below.scheme(genome)
+
+
+def test_levels_of_peak_memory_are_also_those_of_microcontrollers(small_table):
+    described = describe_network("none", (3, 32, 32), 10)
+    table = ContributionTable.load(small_table)
+    largest = MICROCONTROLLERS["stm32f746"].budget_bytes
+    problem = SearchProblem(described.name, PeakMemory(described.operations), table, largest)
+    budgets = [level.budget_bytes for level in levels_of(problem)]
+    assert budgets == sorted(budgets, reverse=True)
+    assert budgets[0] == largest
+    least = problem.memory_bytes((0,) * (1 + len(problem.layers)))
+    wanted = {device.budget_bytes for device in MICROCONTROLLERS.values() if least < device.budget_bytes <= largest}
+    assert wanted < set(budgets)
+    assert MICROCONTROLLERS["nrf52840"].budget_bytes in wanted
 
 
 def test_on_one_scale():
