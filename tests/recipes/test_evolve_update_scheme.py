@@ -398,7 +398,7 @@ def test_the_learning_rate_is_chosen(trained, small, monkeypatch, caplog, tmp_pa
     monkeypatch.setattr(
         sys.modules[__name__], "made_up_accuracy", lambda scheme, steps: -abs(math.log(trained.calls[-1].rate / 0.06))
     )
-    words = ("--fitness", "accuracy", "--data", "digits", "--rungs", "10,30", "--total_steps", 2000, "--population", 9)
+    words = ("--fitness", "accuracy", "--data", "digits", "--rungs", "10,30", "--total_steps", 1200, "--population", 30)
     with caplog.at_level("INFO"):
         found = call(*small, *words, "--out_dir", tmp_path / "out")
     rates = [one.rate for one in trained.calls]
@@ -408,7 +408,7 @@ def test_the_learning_rate_is_chosen(trained, small, monkeypatch, caplog, tmp_pa
     assert [(len(one.schemes), one.steps) for one in trained.calls[:4]] == [(3, 30)] * 4
     assert "schemes are judged at learning rate 0.05" in caplog.messages
     spent = sum(len(one.schemes) * one.steps for one in trained.calls)
-    assert found.report["steps_spent"] == spent <= 2000
+    assert found.report["steps_spent"] == spent <= 1200
 
     # killed after the choice
     state = json.loads((tmp_path / "out/search.json").read_text())
