@@ -1,5 +1,6 @@
 """The search by accuracy: who proposes schemes, by which trials they are judged, and at which learning rate."""
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,6 +46,11 @@ class TrialSearch:
     settings: TrialSettings
     workers: Workers
 
+    @functools.cached_property
+    def guesses(self) -> list[Genome]:
+        """What a search of one budget begins with, and the schemes by which the learning rate is chosen; seconds."""
+        return good_guesses(self.search.problem, self.search.optimum)
+
     def operators(self, state: SearchState) -> tuple[base.Toolbox, list[Genome]]:
         """The operators of the genetic algorithm, and the genomes to begin with."""
         problem, guesses = self.search.problem, []
@@ -54,7 +60,7 @@ class TrialSearch:
             toolbox = make_toolbox(problem, LEFT_OUT)
             toolbox.register("select", lambda individuals, k: [])  # without parents all are drawn
         else:
-            toolbox, guesses = make_toolbox(problem, LEFT_OUT), good_guesses(problem, self.search.optimum)
+            toolbox, guesses = make_toolbox(problem, LEFT_OUT), self.guesses
             toolbox.register("propose", propose_by_surrogate, toolbox, problem)
         toolbox.register(
             "evaluate", lambda genomes, rung: self.trained(genomes, self.rungs.steps[rung], state.learning_rate)
@@ -84,7 +90,7 @@ class TrialSearch:
                 self.rungs.total_steps, state.learning_rate,
             )  # fmt: skip
             return
-        pilots = pilots_among(good_guesses(self.search.problem, self.search.optimum))
+        pilots = pilots_among(self.guesses)
 
         def fitness_at(rate: float) -> float:
             known = [value for value in self.trained(pilots, steps, rate) if value is not None]

@@ -30,7 +30,7 @@ from microtune.modules.memory.microcontrollers import KIB
 from microtune.modules.search.scheme_optimum import proven_optimum
 from microtune.modules.sparse_update.update_scheme import UpdateScheme
 from microtune.modules.user_error import UserError
-from microtune.recipes.search.options import Effort, Level
+from microtune.recipes.search.options import Effort, Level, TrialSettings
 from microtune.recipes.search.plan import plan_search
 from microtune.recipes.search.table_search import load_table, make_problem
 from microtune.recipes.search.trials import described_by
@@ -117,7 +117,7 @@ class Comparison:
     base_depth: int
     out_dir: Path
 
-    def settings(self, data: str, steps: int) -> Any:
+    def settings(self, data: str, steps: int) -> TrialSettings:
         """The settings of trainings of so many steps, or of the trials of searches, of 0."""
         task = self.tasks[data]
         given = {"steps": steps} if steps else {"learning_rate": task.middle_rate}
@@ -257,9 +257,14 @@ def searched_on(comparison: Comparison, data: str, workers: Workers) -> dict[tup
     for failure in filter(None, failures):
         log.warning(failure)
     described, found = comparison.described(data), {}
+    fixed = {
+        case: scheme_without_search(comparison, case, described)
+        for case in comparison.cases(data)
+        if comparison.arms[case.way].effort is None
+    }
     for (case, seed), search in searches.items():
         if search is None:
-            found[case, seed] = scheme_without_search(comparison, case, described)
+            found[case, seed] = fixed[case]
         elif search.report_file.exists():
             found[case, seed] = described.load_scheme(search.folder / "scheme.json")
     return found
